@@ -1,0 +1,215 @@
+"""The data: what a batch is, which of its tokens are real, what a model's own loss on it is."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from .errors import HeadlabError
+from .models import inner, tokenizer
+
+Batch = Mapping[str, Tensor]
+Batches = Iterable[Batch] | Iterable[str]
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""`loss(model, batch)` gives one number per example, `[batch]`."""
+Metric = Callable[[nn.Module, list[Batch]], float]
+"""`metric(model, batches)` gives one number for the whole corpus; a higher one is better."""
+
+TEXTS_PER_BATCH = 8
+IGNORED = -100  # label of a token that has no loss, as everywhere in transformers
+
+
+def prepare(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
+    """The batches as a list of dicts of tensors on the model's device; strings are tokenized and padded on the right.
+
+    Raises:
+        HeadlabError: there are none, one has no tokens, or one is longer than the model's context.
+    """
+    if isinstance(batches, (str, Mapping)):
+        raise HeadlabError("batches is a list (of dicts with input_ids, or of strings), not a single one: put it in [...]")
+    given = list(batches)
+    if not given:
+        raise HeadlabError("there are no batches: expected at least one dict with input_ids, or one string")
+    if all(isinstance(text, str) for text in given):
+        given = _tokenized(model, given)
+    root = inner(model)
+    context = _context(root)
+    prepared = []
+    for number, batch in enumerate(given):
+        if not isinstance(batch, Mapping) or not any(name in batch for name in ("input_ids", "inputs_embeds")):
+            raise HeadlabError(f"batch {number} is not a dict with input_ids (nor is every batch a string)")
+        moved = {name: torch.as_tensor(value).to(root.device) for name, value in batch.items()}
+        main = moved.get("input_ids", moved.get("inputs_embeds"))
+        if main is None or main.ndim < 2 or main.numel() == 0:
+            raise HeadlabError(f"batch {number} is empty: input_ids has the shape {tuple(main.shape)}, not [batch, pos]")
+        if context is not None and main.shape[1] > context:
+            raise HeadlabError(
+                f"batch {number} is {main.shape[1]} tokens long, but the model's context is {context}: cut it first"
+            )
+        if not _mask(moved, main).any(-1).all():
+            raise HeadlabError(f"batch {number} has an example without a single real token")
+        prepared.append(moved)
+    return prepared
+
+
+def _tokenized(model: nn.Module, texts: list[str]) -> list[dict[str, Tensor]]:
+    found = tokenizer(model)
+    if found is None:
+        raise HeadlabError("the model brings no tokenizer: give batches as dicts with input_ids, not as strings")
+    if found.pad_token is None:
+        found.pad_token = found.eos_token
+    found.padding_side = "right"
+    chunks = [texts[i : i + TEXTS_PER_BATCH] for i in range(0, len(texts), TEXTS_PER_BATCH)]
+    return [dict(found(chunk, return_tensors="pt", padding=True)) for chunk in chunks]
+
+
+def text_batches(
+    tokenizer: Any, text: str, *, examples: int = 16, length: int = 64, batch_size: int = 8
+) -> list[dict[str, Tensor]]:
+    """Cut a text into examples of `length` tokens, in batches: `examples` of them, or as many as there are.
+
+    Raises:
+        HeadlabError: the text is shorter than one example.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    n = min(examples, len(ids) // length)
+    if n < 1:
+        raise HeadlabError(f"the text has {len(ids)} tokens, fewer than one example of {length}: give more, or ask for less")
+    rows = torch.tensor(ids[: n * length]).view(n, length)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(batch_size)]
+
+
+def _context(root: nn.Module) -> int | None:
+    """The longest input that a model takes; None where nothing limits it (relative positions)."""
+    config = root.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and config.model_type in ("roberta", "xlm-roberta"):
+        context -= config.pad_token_id + 1  # these count positions from there
+    return context
+
+
+def _mask(batch: Batch, main: Tensor) -> Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones(main.shape[:2], device=main.device) if mask is None else mask
+
+
+def real_tokens(batch: Batch, stack: str = "") -> Bool[Tensor, "batch pos"]:
+    """Which positions hold real tokens, for the heads of a stack; padding never counts."""
+    if stack in ("dec", "cross"):
+        if (mask := batch.get("decoder_attention_mask")) is not None:
+            return mask.bool()
+        if (labels := batch.get("labels")) is not None and labels.ndim == 2:
+            return labels != IGNORED
+        return torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
+    main = batch.get("input_ids", batch.get("inputs_embeds"))
+    assert main is not None
+    return _mask(batch, main).bool()
+
+
+def data_fingerprint(batches: Iterable[Batch]) -> str:
+    """Twelve hex digits that tell data apart by everything in the batches."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            value = batch[name].detach().cpu()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update((value.float() if value.dtype == torch.bfloat16 else value).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def describe_data(batches: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """What a result says about the data it was computed from."""
+    tokens = sum(int(real_tokens(batch).sum()) for batch in batches)
+    return {"fingerprint": data_fingerprint(batches), "examples": count_examples(batches), "tokens": tokens}
+
+
+def count_examples(batches: Iterable[Batch]) -> int:
+    return sum(len(next(iter(batch.values()))) for batch in batches)
+
+
+def loss_name(loss: Loss | Metric | None) -> str:
+    """How a record names a loss."""
+    return "own" if loss is None else getattr(loss, "__qualname__", type(loss).__name__)
+
+
+def check_losses(losses: Tensor, batch: Batch) -> Tensor:
+    """The losses, if they are one number per example of the batch; else an error."""
+    n = count_examples([batch])
+    if not isinstance(losses, Tensor) or losses.shape != (n,):
+        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise HeadlabError(f"loss(model, batch) must give one number per example, a tensor of shape ({n},), not {found}")
+    return losses
+
+
+def own_loss(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
+    """The model's own loss, one number per example: the mean over the example's real tokens that have a label.
+
+    Causal models predict `labels`, or the input itself if there are none; other models need `labels`.
+
+    Raises:
+        HeadlabError: the model has no loss of its own, or the batch no labels; the message says what to pass.
+    """
+    root = inner(model)
+    kind = _kind(root)
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in _LABELS or kind == "ForConditionalGeneration"}
+    if kind != "ForCausalLM" and not all(name in batch for name in _NEEDED[kind]):
+        raise HeadlabError(f"a batch for {type(root).__name__} needs {' and '.join(_NEEDED[kind])}, or pass your own loss=")
+    if "use_cache" in inspect.signature(root.forward).parameters:
+        inputs["use_cache"] = False  # nothing follows that would read it
+    output = root(**inputs)
+    if kind == "ForQuestionAnswering":
+        start = F.cross_entropy(output.start_logits.float(), batch["start_positions"], reduction="none")
+        end = F.cross_entropy(output.end_logits.float(), batch["end_positions"], reduction="none")
+        return (start + end) / 2
+    logits = output.logits
+    if kind == "ForSequenceClassification":
+        return _classification(root, logits.float(), batch["labels"])
+    labels = batch.get("labels")
+    if kind == "ForCausalLM":
+        real = real_tokens(batch)
+        if labels is None:
+            labels = batch["input_ids"].masked_fill(~real, IGNORED)
+        seen = real[:, :-1] if real.shape == labels.shape else True  # a left pad has nothing to predict from
+        logits, labels = logits[:, :-1], labels[:, 1:].masked_fill(~torch.as_tensor(seen, device=labels.device), IGNORED)
+    assert labels is not None
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    counted = (labels != IGNORED).sum(-1)
+    if not counted.all():
+        raise HeadlabError("an example has no token to predict: every example needs at least one label")
+    return losses.view(labels.shape).sum(-1) / counted
+
+
+_LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label")
+_NEEDED = {
+    "ForConditionalGeneration": ("labels",),
+    "ForMaskedLM": ("labels",),
+    "ForTokenClassification": ("labels",),
+    "ForSequenceClassification": ("labels",),
+    "ForQuestionAnswering": ("start_positions", "end_positions"),
+}
+
+
+def _kind(root: nn.Module) -> str:
+    name = type(root).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "ForCausalLM"
+    kind = next((kind for kind in _NEEDED if name.endswith(kind)), None)
+    if kind is None:
+        raise HeadlabError(f"{name} has no loss of its own: pass loss=, a function (model, batch) -> one number per example")
+    return kind
+
+
+def _classification(root: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """As transformers decides: one output is a regression, float labels are several yes-or-no questions."""
+    if logits.shape[-1] == 1 or root.config.problem_type == "regression":
+        return F.mse_loss(logits.view(labels.shape), labels.float(), reduction="none").view(len(labels), -1).mean(-1)
+    if labels.is_floating_point():
+        return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(-1)
+    return F.cross_entropy(logits, labels, reduction="none")

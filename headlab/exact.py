@@ -1,0 +1,282 @@
+"""Exact scores: how much the loss changes when one head is removed, or when all others of its layer are.
+
+A layer's heads share everything below that layer, so that part of the model runs once per batch; and several heads go
+through one pass, as copies of the batch with different gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .batches import Batch, Batches, Loss, check_losses, describe_data, loss_name, own_loss, prepare
+from .errors import HeadlabError
+from .families import Attention, child
+from .gates import Fill, StandIn, check_site, masked
+from .scores import HeadScores
+from .models import describe, evaluating, head_rows, inner, rows
+from .results import RowLog
+from .sites import Pass, at_sites, replaying
+
+ALPHA = 0.01  # the significance level of Michel et al. 2019, tables 1 to 3
+
+
+@dataclass(frozen=True, eq=False)
+class AblationScores(HeadScores):
+    """Exact scores. `columns`: `change` of the mean loss, its standard error `se`, and `p` of a paired t-test."""
+
+    kind = "ablation"
+
+    def _columns(self, row: int, place: int) -> dict[str, Any]:
+        shown = super()._columns(row, place)
+        return shown | {"significant": "*" if shown["p"] < ALPHA else ""} if "p" in shown else shown
+
+
+def ablation(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    loss: Loss | None = None,
+    keep_one: bool = False,
+    order: Literal["value", "size"] = "value",
+    fill: Fill | None = None,
+    site: str = "output",
+    log: str | Path | None = None,
+    heads_per_pass: int | None = None,
+) -> AblationScores:
+    """The exact change of the loss with each head removed, with standard errors over examples and a paired t-test.
+
+    Args:
+        model: a plain model or a bridge, left as it was. Heads removed by `hl.masked` around the call stay removed.
+        batches: as for `importance`.
+        loss: `loss(model, batch)` -> `[batch]`; by default the model's own.
+        keep_one: remove every other head of the layer instead (Michel et al. 2019, section 3.3, "all but one").
+        order: score by the change's `value` (removing the head makes it worse: keep it) or its `size` (changes anything:
+            keep it). With `keep_one` the scores are minus the change: the head that serves best alone ranks highest.
+        fill: what stands in for removed heads; by default zero.
+        log: a file to which every layer of every batch is written as soon as it is done; a killed run goes on from there.
+        heads_per_pass: how many heads' copies of a batch go through the model at once; by default what fits about 2,048
+            tokens on a CPU and 16,384 on a GPU.
+
+    Returns:
+        Scores with the columns `change` (mean over examples; positive: the loss rises), `se` and `p`. The last two need
+        at least two examples.
+
+    Raises:
+        HeadlabError: bad batches or options; a loss that is NaN or infinite; a log of another computation.
+    """
+    check_site(site)
+    if order not in ("value", "size"):
+        raise HeadlabError(f"order is 'value' or 'size', not {order!r}")
+    data = prepare(model, batches)
+    record = {
+        "method": "ablation",
+        "model": describe(model),
+        "data": describe_data(data),
+        "loss": loss_name(loss),
+        "keep_one": keep_one,
+        "fill": None if fill is None else fill.record,
+        "site": site,
+    }
+    steps = RowLog(log, record)
+    changes = _changes(model, data, loss or own_loss, keep_one, fill, steps, heads_per_pass)
+    columns = _statistics(changes)
+    values = columns["change"]
+    if order == "size":
+        values = tuple(np.abs(row) for row in values)
+    if keep_one:
+        values = tuple(-row for row in values)
+    return AblationScores(values, head_rows(model), record | {"order": order}, columns)
+
+
+def _statistics(changes: list[np.ndarray]) -> dict[str, tuple[np.ndarray, ...]]:
+    """Mean, standard error and p value over examples, from [example, head] per row."""
+    from scipy.stats import ttest_1samp
+
+    columns = {"change": tuple(row.mean(0) for row in changes)}
+    if len(changes[0]) > 1:
+        errors = [row.std(0, ddof=1) / np.sqrt(len(row)) for row in changes]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            tests = [ttest_1samp(row, 0.0).pvalue if row.size else np.zeros(0) for row in changes]
+        # examples that all changed by the same amount leave nothing to test: p is 1 if they did not change at all, else 0
+        exact = [np.where(mean == 0, 1.0, 0.0) for mean in columns["change"]]
+        columns["se"] = tuple(errors)
+        columns["p"] = tuple(np.where(se == 0, sure, p) for se, sure, p in zip(errors, exact, tests, strict=True))
+    return columns
+
+
+def _changes(
+    model: nn.Module,
+    data: list[dict[str, Tensor]],
+    loss: Loss,
+    keep_one: bool,
+    fill: Fill | None,
+    steps: RowLog,
+    heads_per_pass: int | None,
+) -> list[np.ndarray]:
+    """Loss with the head removed minus loss with it, per row: [example, head]."""
+    found = [row for row in rows(model) if row.slots]
+    done = {(step["batch"], step["row"]): step["change"] for step in steps.rows}
+    total = sum(len(row.heads) for row in found) * len(data)
+    finished = sum(len(change[0]) for change in done.values())
+    bar = tqdm(total=total, initial=finished, desc="ablation", unit="head", disable=None)
+    with bar, evaluating(model), torch.inference_mode():
+        for number, batch in enumerate(data):
+            todo = [row for row in found if (number, row.row) not in done]
+            if not todo:
+                continue
+            clean = _Clean(model, batch, loss, number)
+            k = heads_per_pass or _copies(batch)
+            for row in todo:
+                gates = torch.eye(len(row.heads)) if keep_one else 1 - torch.eye(len(row.heads))  # [head, head]
+                parts = [clean.losses_with(row, part, fill) - clean.losses for part in gates.split(k)]
+                change = torch.cat(parts).T.tolist()  # [example, head]
+                steps.append({"batch": number, "row": row.row, "change": change})
+                done[number, row.row] = change
+                bar.update(len(row.heads))
+    empty = [np.zeros((len(batch), 0)) for batch in data]
+    return [
+        np.concatenate([np.array(done[n, row.row]) if row.slots else empty[n] for n in range(len(data))])
+        for row in rows(model)
+    ]
+
+
+def _copies(batch: Batch) -> int:
+    main = batch.get("input_ids", batch.get("inputs_embeds"))
+    assert main is not None
+    tokens = main.shape[0] * main.shape[1]
+    return max(1, (16_384 if main.is_cuda else 2_048) // tokens)
+
+
+class _Clean:
+    """A batch run once with all heads, and what was computed on the way: the residual stream after every block, and
+    every attention's output. From there a layer's heads are removed without running the blocks below."""
+
+    def __init__(self, model: nn.Module, batch: Batch, loss: Loss, number: int) -> None:
+        self.model, self.batch, self.loss, self.number = model, batch, loss, number
+        self.found = rows(model)
+        root = inner(model)
+        self.blocks = {row.row: _block(row.path) for row in self.found}
+        self.order = list(dict.fromkeys(self.blocks.values()))  # as they run: encoder, then decoder
+        self.modules = {path: child(root, path) for path in self.order if path is not None}
+        self.outputs: dict[nn.Module, list[Any]] = {}
+        self.z: dict[int, Tensor] = {}
+        self.passes: dict[int, Pass] = {}
+
+        def remember(row: Attention, z: Tensor, run: Pass) -> None:
+            self.z[row.row], self.passes[row.row] = z, run
+
+        with ExitStack() as hooks:
+            for module in (*self.modules.values(), *(row.core for row in self.found)):
+                self.outputs[module] = []
+                hooks.callback(module.register_forward_hook(lambda m, _, out: self.outputs[m].append(out)).remove)
+            hooks.enter_context(at_sites(model, remember))
+            self.losses = self._checked(batch)  # [batch]
+        # a loss that runs the model several times, or a block that stands outside a list, cannot be replayed
+        self.shared = None not in self.order and all(len(outputs) == 1 for outputs in self.outputs.values())
+
+    def losses_with(self, row: Attention, gates: Tensor, fill: Fill | None) -> Tensor:
+        """The loss of every example under every row of gates `[copy, head]`: [copy, batch]."""
+        copies = len(gates)
+        batch = {name: value.repeat(copies, *[1] * (value.ndim - 1)) for name, value in self.batch.items()}
+        by_example = gates.repeat_interleave(len(self.losses), 0).to(self.losses.device)  # [copy * batch, head]
+        if not self.shared:
+            all_gates = [by_example if r.row == row.row else torch.ones(len(r.heads)) for r in self.found]
+            with masked(self.model, all_gates, fill):
+                losses = self._checked(batch)
+        else:
+            with self._replayed(row, copies, by_example, fill):
+                losses = self._checked(batch)
+        return losses.view(copies, -1)
+
+    def _checked(self, batch: Batch) -> Tensor:
+        losses = check_losses(self.loss(self.model, batch), batch).double()
+        if not bool(losses.isfinite().all()):
+            raise HeadlabError(f"the loss of batch {self.number} is NaN or infinite")
+        return losses
+
+    @contextmanager
+    def _replayed(self, row: Attention, copies: int, gates: Tensor, fill: Fill | None) -> Iterator[None]:
+        """The model with the blocks below `row` skipped and its attention replaced by the gated remembered one."""
+        here = self.order.index(self.blocks[row.row])
+        with ExitStack() as patches:
+            for i, path in enumerate(self.order[:here]):
+                module = self.modules[path]
+                output = self.outputs[module][0]
+                last = i == here - 1 or _stack(self.order[i + 1]) != _stack(path)
+                replay = _constant(_copied(output, copies)) if last else _passing(output)
+                patches.enter_context(_patched(module, replay))
+            for other in self.found:  # self-attention before cross-attention in the same block ran on clean input
+                if other.row != row.row and self.blocks[other.row] == self.blocks[row.row] and other.row < row.row:
+                    replay = _constant(_copied(self.outputs[other.core][0], copies))
+                    patches.enter_context(_patched(other.core, replay))
+            output = self.outputs[row.core][0]
+            z = self._gated(row, copies, gates, fill).flatten(2)
+            patches.enter_context(replaying(row.path))
+            if not row.family.core:
+                z = child(row.module, row.family.o)(z)
+            patches.enter_context(_patched(row.core, _constant(_first(output, z))))
+            yield
+
+    def _gated(self, row: Attention, copies: int, gates: Tensor, fill: Fill | None) -> Tensor:
+        z, run = self.z[row.row], self.passes[row.row]
+        by_slot = torch.ones(len(gates), len(row.slots), dtype=z.dtype, device=z.device)
+        by_slot[:, row.places] = gates.to(z)
+        by_slot = by_slot.view(copies, -1, 1, len(row.slots), 1)  # [copy, batch, pos, slot, d_head]
+        gated = z * by_slot
+        if fill is not None:
+            gated = gated + (1 - by_slot) * StandIn(fill)(row, z, run)
+        return gated.flatten(0, 1)
+
+
+def _block(path: str) -> str | None:
+    """The path of the transformer block around an attention module: the first member of a list on the way to it."""
+    names = path.split(".")
+    at = next((i for i, name in enumerate(names) if name.isdigit()), None)
+    return None if at is None else ".".join(names[: at + 1])
+
+
+def _stack(block: str) -> str:
+    return block.rpartition(".")[0]
+
+
+@contextmanager
+def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else inside the block."""
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+
+
+def _constant(output: Any) -> Callable[..., Any]:
+    return lambda *_, **__: output
+
+
+def _passing(output: Any) -> Callable[..., Any]:
+    """Hand the residual stream on as it came, in the form of `output`."""
+    return lambda *args, **kwargs: _first(output, args[0] if args else kwargs["hidden_states"])
+
+
+def _first(output: Any, value: Tensor) -> Any:
+    """`output` (a tensor, or a tuple that begins with one) with `value` in its place."""
+    return (value, *output[1:]) if isinstance(output, tuple) else value
+
+
+def _copied(output: Any, copies: int) -> Any:
+    """Every tensor in `output` that has a batch, `copies` times."""
+    if not isinstance(output, tuple):
+        return output.repeat(copies, *[1] * (output.ndim - 1))
+    batch = len(output[0])
+    return tuple(
+        _copied(part, copies) if isinstance(part, Tensor) and len(part) == batch else part for part in output
+    )

@@ -1,0 +1,246 @@
+"""Models in and out: a plain Hugging Face model from a name, a folder or memory, its heads, and its TransformerBridge.
+
+All private paths of TransformerLens that headlab needs are in this module.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import HeadlabError
+from .families import Attention, attentions, bare
+from .scores import Head, Heads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformer_lens.model_bridge import TransformerBridge
+
+PRUNED = "headlab_"  # how the model type of a pruned model begins
+
+
+def load(
+    model: str | Path | nn.Module, *, dtype: torch.dtype | str = "auto", device: str | torch.device | None = None
+) -> PreTrainedModel:
+    """A plain Hugging Face model of its own class, in evaluation mode.
+
+    Args:
+        model: a hub name, a folder (of a pruned model too), a model in memory, or a bridge (a clean copy is restored).
+        dtype: of the weights, for a name or folder; `auto` is as they were saved.
+        device: where the model goes; by default it stays where it is.
+
+    Raises:
+        HeadlabError: there is no such model, it cannot be read, or it wants to run code of its own.
+    """
+    if isinstance(model, nn.Module):
+        found = restored(model)
+    else:
+        found = _from_pretrained(str(model), dtype)
+    found.eval()
+    return found if device is None else found.to(device)
+
+
+def _from_pretrained(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False) if not _is_pruned(name) else _pruned_config(name)
+        found = _class_of(config).from_pretrained(name, config=config, dtype=dtype)
+    except HeadlabError:
+        raise
+    except Exception as error:  # transformers raises many kinds; all mean that this is no model we can open
+        reason = str(error).strip().splitlines()
+        raise HeadlabError(f"cannot open the model {name!r}: {reason[0] if reason else type(error).__name__}") from error
+    return found
+
+
+def _is_pruned(name: str) -> bool:
+    config = Path(name) / "config.json"
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8")).get("model_type")).startswith(PRUNED)
+    except (OSError, ValueError, AttributeError):
+        return False  # a hub name, or something that AutoConfig explains better
+
+
+def _pruned_config(name: str) -> Any:
+    from . import pruned
+
+    model_type = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    pruned.config_class(type(AutoConfig.for_model(model_type.removeprefix(PRUNED))))
+    return AutoConfig.from_pretrained(name)
+
+
+def _class_of(config: Any) -> Any:
+    """The class that a checkpoint was saved from; a bare or unknown one opens as `AutoModel`."""
+    name = (config.architectures or ["AutoModel"])[0]
+    if config.model_type.startswith(PRUNED):
+        from . import pruned
+
+        return pruned.model_class(getattr(transformers, name.removeprefix("Pruned")))
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM if name.endswith(("ForCausalLM", "LMHeadModel")) else transformers.AutoModel
+
+
+def is_bridge(model: nn.Module) -> bool:
+    """Whether a model is a TransformerBridge (without importing TransformerLens)."""
+    bridge = sys.modules.get("transformer_lens.model_bridge")
+    return bridge is not None and isinstance(model, bridge.TransformerBridge)
+
+
+def is_folded(model: nn.Module) -> bool:
+    """Whether a bridge has processed weights (compatibility mode), so that removing a head means something else."""
+    return is_bridge(model) and bool(getattr(model, "compatibility_mode", False))
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The module tree with the Hugging Face class at its root, of a plain model or of a bridge."""
+    return model.original_model if is_bridge(model) else model
+
+
+def rows(model: nn.Module) -> tuple[Attention, ...]:
+    """Every attention module of a plain model or a bridge, in the order of the rows of scores and masks."""
+    return attentions(inner(model))
+
+
+def heads(model: nn.Module) -> list[Head]:
+    """Every attention head of a model, in order: encoder, then decoder, then cross-attention; layer by layer.
+
+    Raises:
+        HeadlabError: the model has an attention module that no description fits; the message names it.
+
+    >>> [str(head) for head in heads(model)][:3]  # doctest: +SKIP
+    ['L0H0', 'L0H1', 'L0H2']
+    """
+    return [head for row in rows(model) for head in row.heads]
+
+
+def head_rows(model: nn.Module) -> Heads:
+    """Every attention head of a model, one tuple per row."""
+    return tuple(row.heads for row in rows(model))
+
+
+def restored(model: nn.Module) -> PreTrainedModel:
+    """The plain model: itself, or a clean copy of what a bridge wraps.
+
+    Raises:
+        HeadlabError: the bridge is in compatibility mode (its weights are not the model's), or it is no such model.
+    """
+    if not is_bridge(model):
+        if not isinstance(model, PreTrainedModel):
+            raise HeadlabError(f"expected a Hugging Face model or a TransformerBridge, not a {type(model).__name__}")
+        return model
+    if is_folded(model):
+        raise HeadlabError(
+            "this bridge is in compatibility mode: value biases and norms have moved into other weights, so removing a "
+            "head means something else than in the model; use the model itself, or a bridge without that mode"
+        )
+    plain = copy.deepcopy(model.original_model)
+    _unwrap(plain)
+    return plain
+
+
+def _unwrap(module: nn.Module) -> None:
+    """Put every component that a bridge wraps back in its place."""
+    for name, wrapped in list(module.named_children()):
+        original = bare(wrapped)
+        if original is not wrapped:
+            setattr(module, name, original)
+        _unwrap(original)
+
+
+def bridge(model: nn.Module) -> TransformerBridge:
+    """A TransformerBridge over a copy of a model, with raw weights; the model itself is not taken over.
+
+    Raises:
+        HeadlabError: TransformerLens has no adapter for the model, or its adapter computes something else.
+    """
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    plain = restored(model)
+    name = type(plain).__name__.removeprefix("Pruned")
+    wrapped = copy.deepcopy(plain)
+    if hasattr(wrapped, "set_attn_implementation"):
+        wrapped.set_attn_implementation("eager")  # elsewhere TransformerLens' pattern hooks do not fire
+    batch = probe_batch(plain)
+    try:
+        found = build_bridge_from_module(wrapped, name, hf_config=wrapped.config, tokenizer=tokenizer(plain))
+        with torch.no_grad():
+            ours, theirs = plain(**batch)[0], found.original_model(**batch)[0]
+    except Exception as error:  # TransformerLens raises many kinds where an adapter is missing or does not fit
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HeadlabError(f"TransformerLens cannot wrap this {type(plain).__name__}: {reason}") from error
+    if ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2):
+        raise HeadlabError(f"TransformerLens wraps this {type(plain).__name__}, but then it computes something else")
+    return found
+
+
+def probe_batch(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A few tokens that any model takes."""
+    plain = inner(model)
+    ids = torch.arange(5, device=plain.device)[None] % plain.config.get_text_config().vocab_size
+    extra = {"decoder_input_ids": ids} if plain.config.is_encoder_decoder else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | extra
+
+
+def tokenizer(model: nn.Module) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside a model's weights, if there is one."""
+    if is_bridge(model) and model.tokenizer is not None:
+        return model.tokenizer
+    name = inner(model).config._name_or_path
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Twelve hex digits that tell models apart by their attention weights, whatever their dtype, bridged or not."""
+    digest = hashlib.sha256()
+    for row in rows(model):
+        digest.update(f"{row.family.name} {row.stack} {row.groups}".encode())
+        weight = row.projection(row.family.o).weight.detach().flatten()
+        sample = weight[:: max(1, weight.numel() // 64)][:64]  # [64]
+        digest.update(sample.to(device="cpu", dtype=torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What a result says about the model it was computed from."""
+    plain = inner(model)
+    return {
+        "class": type(plain).__name__,
+        "name": plain.config._name_or_path or None,
+        "fingerprint": fingerprint(model),
+        "dtype": str(plain.dtype).removeprefix("torch."),
+        "weights": "folded" if is_folded(model) else "raw",
+    }
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and parameters frozen inside the block; both as before afterwards."""
+    root = inner(model)
+    modes = [(module, module.training) for module in root.modules()]
+    frozen = [parameter for parameter in root.parameters() if parameter.requires_grad]
+    root.eval()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in frozen:
+            parameter.requires_grad_(True)

@@ -1,0 +1,189 @@
+"""Saving and loading every result, together with the record of how it was made; and logs of rows that can be resumed.
+
+Nothing here pickles. A file is written beside its destination and renamed into place, so a full disk or a kill leaves
+the file that was there before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from .errors import HeadlabError
+
+FORMAT = 1
+_kinds: dict[str, type[Result]] = {}
+
+
+class Result:
+    """Base of everything that headlab saves. A subclass names its `kind` and turns itself into plain data and back."""
+
+    kind: ClassVar[str] = ""
+    record: dict[str, Any]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if kind := cls.__dict__.get("kind"):
+            _kinds[kind] = cls
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to a JSON file, in one step. Returns the path."""
+        data = {"headlab": FORMAT, "kind": self.kind, "record": self.record} | self._body()
+        text = json.dumps(data, indent=1, allow_nan=False)
+        return write(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a result of this kind (or, from `Result` itself, of any kind)."""
+        data = _read_json(Path(path))
+        found = _kinds.get(data.pop("kind", None))
+        if data.pop("headlab", None) != FORMAT or found is None:
+            raise HeadlabError(f"{path} is not a result that this version of headlab can read")
+        if not issubclass(found, cls):
+            raise HeadlabError(f"{path} holds a {found.kind}, but a {cls.kind} was expected")
+        record = data.pop("record")
+        return found._from_body(data, record)
+
+    def _body(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @classmethod
+    def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> Self:
+        raise NotImplementedError
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HeadlabError(f"there is no file {path}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise HeadlabError(f"{path} is not a headlab result (it is not JSON)") from None
+    if not isinstance(data, dict):
+        raise HeadlabError(f"{path} is not a headlab result")
+    return data
+
+
+def write(path: str | Path, writer: Callable[[Path], object]) -> Path:
+    """Let `writer` fill a temporary file, then rename it to `path`: the old file stays whole until the new one is.
+
+    Raises:
+        HeadlabError: the file cannot be written (a full disk, a missing permission); the old file is untouched.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        os.close(handle)
+        writer(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; a result is an ordinary file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise HeadlabError(f"could not write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def building(folder: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` when the block ends well, and is removed otherwise.
+
+    Raises:
+        HeadlabError: `folder` exists and is not empty, or cannot be written.
+    """
+    import shutil
+
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise HeadlabError(f"{folder} already holds something: choose another folder, or remove it first")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise HeadlabError(f"could not write {folder}: {error.strerror or error}") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise HeadlabError(f"could not write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class RowLog:
+    """A file with one JSON line per finished step, the first saying what is computed; a killed run goes on after the last.
+
+    The rows hold nothing that differs from run to run (no times, no host), so that a resumed file equals, bit for bit,
+    that of a run that was never stopped.
+    """
+
+    def __init__(self, path: str | Path | None, header: dict[str, Any]) -> None:
+        """Open the log of a computation, or start it. Without a path the rows live in memory only.
+
+        Raises:
+            HeadlabError: the file was begun for another computation.
+        """
+        self.path = None if path is None else Path(path)
+        self.rows: list[dict[str, Any]] = []
+        header = json.loads(json.dumps(header))  # as it will read back: tuples become lists
+        if self.path is None:
+            return
+        if self.path.exists():
+            self.rows = self._read(header)
+        else:
+            self._append(header)
+
+    def _read(self, header: dict[str, Any]) -> list[dict[str, Any]]:
+        assert self.path is not None
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            raise HeadlabError(f"{self.path} is not a log of headlab: move it away") from None
+        if lines and lines[0] != header:
+            differ = sorted(k for k in header.keys() | lines[0].keys() if header.get(k) != lines[0].get(k))
+            raise HeadlabError(
+                f"{self.path} was begun for another computation (it differs in: {', '.join(differ)}): "
+                "choose another file or folder, or remove it"
+            )
+        if len(whole) < len(data):  # the kill came in the middle of a line
+            with open(self.path, "rb+") as file:
+                file.truncate(len(whole))
+        if not lines:
+            self._append(header)
+        return lines[1:]
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a finished row and have it on disk before going on."""
+        self.rows.append(row)
+        if self.path is not None:
+            self._append(row)
+
+    def _append(self, data: dict[str, Any]) -> None:
+        assert self.path is not None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(data, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            message = f"could not write {self.path}: {error.strerror or error}; run again to go on from the last row"
+            raise HeadlabError(message) from error

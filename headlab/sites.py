@@ -1,0 +1,145 @@
+"""Reading and editing what heads carry, at the place where it enters the output projection.
+
+On a plain model the site is the input of the output projection; on a bridge it is `hook_z`, because with
+`use_attn_result` TransformerLens never calls the projection. A forward pass in which a hooked site did not fire is an
+error, never a silent no-op.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .errors import HeadlabError
+from .families import Attention, bare, child
+from .models import inner, rows
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is known of the forward pass under way when a site fires."""
+
+    positions: Tensor  # [batch, pos], counted among real tokens from the start of the sequence
+    tokens: Tensor | None  # [batch, pos], where the model was given token numbers
+    real: Tensor  # [batch, pos], False for padding
+    first: bool  # False for a further step on a key-value cache
+
+
+Edit = Callable[[Attention, Tensor, Pass], Tensor | None]
+"""`edit(attention, z, run)`: z is [batch, pos, slot, d_head]; what it returns, if anything, takes the place of z."""
+
+_replaying: ContextVar[str | None] = ContextVar("replaying", default=None)
+
+
+_hooked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many contexts each model is in
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether the model is inside `at_sites` right now."""
+    return _hooked.get(inner(model), 0) > 0
+
+
+@contextmanager
+def replaying(path: str) -> Iterator[None]:
+    """Inside, the attention module at `path` and what is below it are replayed from memory, edits and all: they are not
+    edited once more, and need not fire."""
+    token = _replaying.set(path)
+    try:
+        yield
+    finally:
+        _replaying.reset(token)
+
+
+@contextmanager
+def at_sites(model: nn.Module, edit: Edit, wanted: Sequence[Attention] | None = None) -> Iterator[None]:
+    """Call `edit` at the sites of these attention modules (by default all that have heads) in every forward pass.
+
+    Nested contexts run in the order in which they were entered. The model is restored in any case.
+
+    Raises:
+        HeadlabError: a forward pass ended and a site had not fired.
+    """
+    root = inner(model)
+    hooked = [row for row in (rows(model) if wanted is None else wanted) if row.slots]
+    owners: dict[nn.Module, _Stack] = {}
+    with ExitStack() as hooks:
+        _hooked[root] = _hooked.get(root, 0) + 1
+        hooks.callback(lambda: _hooked.update({root: _hooked[root] - 1}))
+        for row in hooked:
+            owner = _owner(root, row)
+            stack = owners.setdefault(owner, _Stack(owner))
+            stack.awaited.add(row.path)
+            hooks.callback(_hook_site(row, stack, edit).remove)
+        for stack in owners.values():
+            hooks.callback(stack.owner.register_forward_pre_hook(stack.begin, with_kwargs=True).remove)
+            hooks.callback(stack.owner.register_forward_hook(stack.end).remove)
+        yield
+
+
+class _Stack:
+    """The innermost model around some sites: an encoder, a decoder. It sees where a forward pass begins and ends."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner, self.run = owner, None
+        self.awaited: set[str] = set()
+        self.fired: set[str] = set()
+        self.signature = inspect.signature(owner.forward)
+
+    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.fired.clear()
+        given = self.signature.bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        tokens, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        shape = (tokens if tokens is not None else embeds).shape[:2]
+        device = (tokens if tokens is not None else embeds).device
+        cache = given.get("past_key_values")
+        seen = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        mask = given.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < seen + shape[1]:
+            mask = torch.ones(shape[0], seen + shape[1], device=device)
+        now = slice(seen, seen + shape[1])
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, now]
+        self.run = Pass(positions, tokens, mask[:, now].bool(), first=seen == 0)
+
+    def end(self, *_: Any) -> None:
+        if (silent := self.awaited - self.fired) and _replaying.get() is None:
+            raise HeadlabError(
+                f"the forward pass did not go through {', '.join(sorted(silent))}: nothing was read or edited there, "
+                "so its result is not what was asked for (was a layer skipped, or the model compiled before?)"
+            )
+
+
+def _owner(root: nn.Module, row: Attention) -> nn.Module:
+    names = row.path.split(".")
+    for depth in range(len(names) - 1, 0, -1):
+        module = bare(child(root, ".".join(names[:depth])))
+        if isinstance(module, PreTrainedModel):
+            return module
+    return root
+
+
+def _hook_site(row: Attention, stack: _Stack, edit: Edit) -> torch.utils.hooks.RemovableHandle:
+    n_slots, d_head = len(row.slots), row.d_head
+
+    def fire(flat: Tensor) -> Tensor:
+        stack.fired.add(row.path)
+        if _replaying.get() == row.path:
+            return flat
+        assert stack.run is not None
+        edited = edit(row, flat.reshape(*flat.shape[:2], n_slots, d_head), stack.run)
+        return flat if edited is None else edited.reshape(flat.shape)
+
+    if (hook_z := getattr(row.module, "hook_z", None)) is not None:  # a bridge
+        return hook_z.register_forward_hook(lambda _, __, output: fire(output))
+    projection = row.projection(row.family.o)
+    return projection.register_forward_pre_hook(lambda _, args: (fire(args[0]), *args[1:]))

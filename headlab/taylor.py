@@ -1,0 +1,244 @@
+"""Head importance from gradients: one forward and one backward pass for all heads together.
+
+I_h = E_x |dL(x)/dxi_h|, xi_h the gate of head h at 1 (Michel, Levy & Neubig 2019, eq. 2). A higher score means keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .batches import (
+    Batch,
+    Batches,
+    Loss,
+    check_losses,
+    count_examples,
+    describe_data,
+    loss_name,
+    own_loss,
+    prepare,
+    real_tokens,
+)
+from .errors import HeadlabError
+from .families import Attention, weight_blocks
+from .gates import Fill, StandIn, check_site
+from .scores import HeadScores
+from .models import describe, evaluating, head_rows, inner, is_folded, rows
+from .sites import Pass, at_sites
+
+Reduction = Literal["token", "example", "batch", "signed"]
+Denominator = Literal["examples", "tokens", "published"]
+Normalize = Literal["layer", "minmax"]
+
+
+def importance(
+    model: nn.Module,
+    batches: Batches | None = None,
+    *,
+    method: Literal["taylor", "random", "magnitude"] = "taylor",
+    loss: Loss | None = None,
+    reduction: Reduction = "example",
+    denominator: Denominator = "examples",
+    normalize: Normalize | None = None,
+    fill: Fill | None = None,
+    site: str = "output",
+    seed: int = 0,
+) -> HeadScores:
+    """Score every head of a model; a higher score always means keep.
+
+    Args:
+        model: a plain model or a bridge, left as it was.
+        batches: dicts with `input_ids` (`attention_mask`, `labels` ...), or strings. Padding never counts.
+        method: `taylor`, the gradient of the loss to every gate; `random`, a baseline drawn by `seed`; `magnitude`, the
+            l2 norm of the head's weights in q, k, v and output projection (shared keys and values count for each head).
+        loss: `loss(model, batch)` -> `[batch]`; by default the model's own, a mean over the example's real tokens.
+        reduction: where the absolute value stands: per `token` (what Michel et al.'s BERT code does), per `example` (their
+            eq. 2), per `batch` (what HF's run_bertology does), or nowhere: `signed` is the mean of -dL/dxi, the first-order
+            prediction of how much the loss rises on removal.
+        denominator: what the sum is divided by: `examples`; real `tokens` of the stack (their translation code); or
+            `published`, tokens but for the last layer of a stack, which is divided by examples (their BERT code).
+        normalize: `layer` divides a layer's scores by their l2 norm (their section 4.1); `minmax` maps all scores to
+            [0, 1] (HF's run_bertology).
+        fill: score the step from the head to what would stand in for it, rather than to zero.
+
+    Raises:
+        HeadlabError: bad batches or options; NaN or infinity (naming the first head and batch where it appeared); a layer
+            whose float16 gradients are all exactly zero.
+    """
+    check_site(site)
+    record: dict[str, Any] = {"method": method, "model": describe(model)}
+    if method == "random":
+        rng = np.random.default_rng(seed)
+        values = [rng.random(len(row)) for row in head_rows(model)]
+        return HeadScores(tuple(values), head_rows(model), record | {"seed": seed})
+    if method == "magnitude":
+        return HeadScores(tuple(_magnitudes(model)), head_rows(model), record)
+    if method != "taylor":
+        raise HeadlabError(f"method is 'taylor', 'random' or 'magnitude', not {method!r}")
+    _check_option("reduction", reduction, Reduction)
+    _check_option("denominator", denominator, Denominator)
+    if normalize is not None:
+        _check_option("normalize", normalize, Normalize)
+    if batches is None:
+        raise HeadlabError("method 'taylor' needs batches to take gradients on")
+    data = prepare(model, batches)
+    values = _taylor(model, data, loss or own_loss, reduction, denominator, fill)
+    if normalize == "layer":
+        values = [row / (np.linalg.norm(row) + 1e-20) for row in values]
+    elif normalize == "minmax":
+        low, high = (f(np.concatenate(values)) for f in (np.min, np.max))
+        values = [(row - low) / (high - low) if high > low else np.zeros_like(row) for row in values]
+    record |= {
+        "data": describe_data(data),
+        "loss": loss_name(loss),
+        "reduction": reduction,
+        "denominator": denominator,
+        "normalize": normalize,
+        "fill": None if fill is None else fill.record,
+        "site": site,
+    }
+    return HeadScores(tuple(values), head_rows(model), record)
+
+
+def _check_option(name: str, value: object, options: Any) -> None:
+    if value not in options.__args__:
+        raise HeadlabError(f"{name} is one of {', '.join(map(repr, options.__args__))}, not {value!r}")
+
+
+class _Gate(torch.autograd.Function):
+    """z * xi + stand_in * (1 - xi) at xi = 1, where it is z itself; the gradient to xi accumulates in float32 or more."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, xi: Tensor, stand_in: Tensor | None) -> Tensor:
+        ctx.save_for_backward(z, stand_in)
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, stand_in = ctx.saved_tensors
+        precise = torch.promote_types(z.dtype, torch.float32)
+        step = z.to(precise) if stand_in is None else z.to(precise) - stand_in.to(precise)
+        return grad, torch.einsum("bphd,bphd->bph", step, grad.to(precise)), None
+
+
+def _taylor(
+    model: nn.Module,
+    data: list[dict[str, Tensor]],
+    loss: Loss,
+    reduction: Reduction,
+    denominator: Denominator,
+    fill: Fill | None,
+) -> list[np.ndarray]:
+    found = rows(model)
+    if fill is not None:
+        fill.check(model)
+    totals = [torch.zeros(len(row.heads), dtype=torch.float64) for row in found]
+    alive = [False] * len(found)  # whether any gradient of the row was not exactly zero
+    with evaluating(model):
+        for number, batch in enumerate(tqdm(data, desc="importance", unit="batch", disable=None)):
+            gradients = _gradients(model, found, batch, loss, fill, number)
+            for row, gradient in zip(found, gradients, strict=True):
+                if not row.slots:
+                    continue
+                alive[row.row] |= bool(gradient.any())
+                real = real_tokens(batch, row.stack)
+                if real.shape == gradient.shape[:2]:
+                    gradient = gradient * real[..., None]
+                totals[row.row] += _reduce(gradient[..., row.places].double(), reduction).cpu()
+    for row in found:
+        if row.slots and not alive[row.row] and _half(row):
+            raise HeadlabError(
+                f"every float16 gradient in {row.path} is exactly zero: they are too small for float16; use bfloat16 "
+                "(hl.load(..., dtype=torch.bfloat16)), or scale the loss up (loss=lambda m, b: 1024 * ...)"
+            )
+    last = {row.stack: row.row for row in found}
+    values = []
+    for row, total in zip(found, totals, strict=True):
+        by_tokens = denominator == "tokens" or (denominator == "published" and row.row != last[row.stack])
+        n = sum(int(real_tokens(b, row.stack).sum()) for b in data) if by_tokens else count_examples(data)
+        values.append(total.numpy() / n)
+    return values
+
+
+def _half(row: Attention) -> bool:
+    return row.projection(row.family.o).weight.dtype == torch.float16
+
+
+def _reduce(gradient: Tensor, reduction: Reduction) -> Tensor:
+    """From [batch, pos, head] to [head], a sum over examples."""
+    match reduction:
+        case "token":
+            return gradient.abs().sum((0, 1))
+        case "example":
+            return gradient.sum(1).abs().sum(0)
+        case "batch":
+            return gradient.sum((0, 1)).abs()
+        case "signed":
+            return -gradient.sum((0, 1))
+
+
+def _gradients(
+    model: nn.Module, found: Sequence[Attention], batch: Batch, loss: Loss, fill: Fill | None, number: int
+) -> list[Tensor]:
+    """dL/dxi of every example, position and slot, per row: [batch, pos, slot]."""
+    gates = [torch.zeros(1, 1, 0, device=inner(model).device) for _ in found]  # a row without heads has no gates
+    stand_in = None if fill is None else StandIn(fill)
+
+    def gate(row: Attention, z: Tensor, run: Pass) -> Tensor:
+        precise = torch.promote_types(z.dtype, torch.float32)
+        gates[row.row] = xi = torch.ones(z.shape[:3], dtype=precise, device=z.device, requires_grad=True)
+        return _Gate.apply(z, xi, None if stand_in is None else stand_in(row, z, run))
+
+    with torch.enable_grad(), at_sites(model, gate):
+        losses = check_losses(loss(model, batch), batch)
+        if not bool(losses.isfinite().all()):
+            raise HeadlabError(f"the loss of batch {number} is NaN or infinite; {_first_broken(model, batch, loss)}")
+        leaves = [xi for xi in gates if xi.requires_grad]
+        made = iter(torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True))
+    gradients = [next(made) if xi.requires_grad else xi for xi in gates]
+    for row, gradient in zip(reversed(found), reversed(gradients), strict=True):  # as the backward pass went
+        if not bool(gradient.isfinite().all()):
+            slot = int((~gradient.isfinite()).any(0).any(0).nonzero()[0])
+            head = dict(zip(row.places, row.heads, strict=True)).get(slot)
+            raise HeadlabError(f"NaN or infinity in batch {number}: the gradient at head {head} was the first to be so")
+    return gradients
+
+
+def _first_broken(model: nn.Module, batch: Batch, loss: Loss) -> str:
+    """In words, the first head in forward order whose output is not finite."""
+    broken: list[str] = []
+
+    def look(row: Attention, z: Tensor, run: Pass) -> None:
+        bad = (~z.isfinite()).any(-1).any(0).any(0)  # [slot]
+        broken.extend(str(head) for head, slot in zip(row.heads, row.places, strict=True) if bad[slot])
+
+    with torch.no_grad(), at_sites(model, look):
+        loss(model, batch)
+    if broken:
+        return f"head {broken[0]} was the first whose output was so"
+    return "the outputs of all heads are finite, so it appeared after them"
+
+
+def _magnitudes(model: nn.Module) -> list[np.ndarray]:
+    if is_folded(model):
+        raise HeadlabError("magnitudes are taken of the model's own weights, but this bridge is in compatibility mode")
+    values = []
+    for row in rows(model):
+        scores = []
+        for slot in row.places:
+            kv = next(i for i, (_, heads) in enumerate(row.groups) if row.slots[slot] in heads)
+            paths = row.family.blocks([slot], [kv], len(row.slots), len(row.groups))
+            picks = [(path, blocks, "out") for path, blocks in paths.items()] + [(row.family.o, [slot], "in")]
+            squares = [
+                weight_blocks(row.projection(path), row.d_head, side)[blocks].double().square().sum().item()
+                for path, blocks, side in picks
+            ]
+            scores.append(np.sqrt(sum(squares)))
+        values.append(np.array(scores))
+    return values
