@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import plots
-    from .batches import own_loss, text_batches
+    from .batches import own_loss
     from .curves import Curve, pruning_curve
     from .errors import HeadlabError
     from .exact import AblationScores, ablation
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from .speed import Timing, timing
     from .surgery import kept, prune, save_pruned
     from .taylor import importance
+    from .texts import read_batches, text_batches
 
 _HOME = {  # no module may have the name of something public: importing it would hide the other
-    "batches": ("own_loss", "text_batches"),
+    "batches": ("own_loss",),
     "curves": ("Curve", "pruning_curve"),
     "errors": ("HeadlabError",),
     "exact": ("AblationScores", "ablation"),
@@ -37,13 +38,14 @@ _HOME = {  # no module may have the name of something public: importing it would
     "speed": ("Timing", "timing"),
     "surgery": ("kept", "prune", "save_pruned"),
     "taylor": ("importance",),
+    "texts": ("read_batches", "text_batches"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: PLE0604
     "AblationScores", "Curve", "Family", "Fill", "Head", "HeadMask", "HeadScores", "HeadlabError", "Result", "Timing",
     "ablation", "bridge", "capture", "fill", "heads", "importance", "kept", "load", "masked", "own_loss", "plots",
-    "prune", "pruning_curve", "register", "save_pruned", "text_batches", "timing",
+    "prune", "pruning_curve", "read_batches", "register", "save_pruned", "text_batches", "timing",
 ]  # fmt: skip
 
 

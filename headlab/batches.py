@@ -70,22 +70,6 @@ def _tokenized(model: nn.Module, texts: list[str]) -> list[dict[str, Tensor]]:
     return [dict(found(chunk, return_tensors="pt", padding=True)) for chunk in chunks]
 
 
-def text_batches(
-    tokenizer: Any, text: str, *, examples: int = 16, length: int = 64, batch_size: int = 8
-) -> list[dict[str, Tensor]]:
-    """Cut a text into examples of `length` tokens, in batches: `examples` of them, or as many as there are.
-
-    Raises:
-        HeadlabError: the text is shorter than one example.
-    """
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    n = min(examples, len(ids) // length)
-    if n < 1:
-        raise HeadlabError(f"the text has {len(ids)} tokens, fewer than one example of {length}: give more, or ask for less")
-    rows = torch.tensor(ids[: n * length]).view(n, length)
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(batch_size)]
-
-
 def _context(root: nn.Module) -> int | None:
     """The longest input that a model takes; None where nothing limits it (relative positions)."""
     config = root.config.get_text_config()
@@ -157,7 +141,7 @@ def own_loss(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         HeadlabError: the model has no loss of its own, or the batch no labels; the message says what to pass.
     """
     root = inner(model)
-    kind = _kind(root)
+    kind = loss_kind(model)
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in _LABELS or kind == "ForConditionalGeneration"}
     if kind != "ForCausalLM" and not all(name in batch for name in _NEEDED[kind]):
         raise HeadlabError(f"a batch for {type(root).__name__} needs {' and '.join(_NEEDED[kind])}, or pass your own loss=")
@@ -196,8 +180,9 @@ _NEEDED = {
 }
 
 
-def _kind(root: nn.Module) -> str:
-    name = type(root).__name__
+def loss_kind(model: nn.Module) -> str:
+    """Which loss a model has, by transformers' ending of its class: `ForCausalLM`, `ForMaskedLM` ..."""
+    name = type(inner(model)).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "ForCausalLM"
     kind = next((kind for kind in _NEEDED if name.endswith(kind)), None)

@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from safetensors import SafetensorError
+
 from .errors import HeadlabError
 
 FORMAT = 1
 _kinds: dict[str, type[Result]] = {}
+_UNWRITTEN = (OSError, SafetensorError)  # what a full disk raises; safetensors has its own error for it
 
 
 class Result:
@@ -41,13 +44,15 @@ class Result:
     def load(cls, path: str | Path) -> Self:
         """Read a result of this kind (or, from `Result` itself, of any kind)."""
         data = _read_json(Path(path))
-        found = _kinds.get(data.pop("kind", None))
+        found = _kinds.get(str(data.pop("kind", None)))
         if data.pop("headlab", None) != FORMAT or found is None:
             raise HeadlabError(f"{path} is not a result that this version of headlab can read")
         if not issubclass(found, cls):
             raise HeadlabError(f"{path} holds a {found.kind}, but a {cls.kind} was expected")
-        record = data.pop("record")
-        return found._from_body(data, record)
+        try:
+            return found._from_body(data, data.pop("record"))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise HeadlabError(f"{path} is damaged: it does not hold what a {found.kind} holds") from None
 
     def _body(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -62,6 +67,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise HeadlabError(f"there is no file {path}") from None
+    except OSError as error:
+        raise HeadlabError(f"could not read {path}: {_reason(error)}") from error
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise HeadlabError(f"{path} is not a headlab result (it is not JSON)") from None
     if not isinstance(data, dict):
@@ -89,12 +96,16 @@ def write(path: str | Path, writer: Callable[[Path], object]) -> Path:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; a result is an ordinary file
         os.replace(temporary, path)
-    except OSError as error:
-        raise HeadlabError(f"could not write {path}: {error.strerror or error}") from error
+    except _UNWRITTEN as error:
+        raise HeadlabError(f"could not write {path}: {_reason(error)}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def _reason(error: Exception) -> object:
+    return getattr(error, "strerror", None) or error
 
 
 @contextmanager
@@ -113,15 +124,15 @@ def building(folder: str | Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError as error:
-        raise HeadlabError(f"could not write {folder}: {error.strerror or error}") from error
+        raise HeadlabError(f"could not write {folder}: {_reason(error)}") from error
     try:
         yield temporary
         temporary.chmod(0o755)
         if folder.is_dir():
             folder.rmdir()
         os.replace(temporary, folder)
-    except OSError as error:
-        raise HeadlabError(f"could not write {folder}: {error.strerror or error}") from error
+    except _UNWRITTEN as error:
+        raise HeadlabError(f"could not write {folder}: {_reason(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -151,12 +162,18 @@ class RowLog:
 
     def _read(self, header: dict[str, Any]) -> list[dict[str, Any]]:
         assert self.path is not None
-        data = self.path.read_bytes()
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise HeadlabError(f"could not read {self.path}: {_reason(error)}") from error
         whole = data[: data.rfind(b"\n") + 1]
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            raise HeadlabError(f"{self.path} is not a log of headlab: move it away") from None
+        except ValueError:
+            lines = [None]
+        begun = bool(lines) or json.dumps(header).encode().startswith(data)
+        if not begun or not all(isinstance(line, dict) for line in lines):
+            raise HeadlabError(f"{self.path} is not a log of headlab: move it away")
         if lines and lines[0] != header:
             differ = sorted(k for k in header.keys() | lines[0].keys() if header.get(k) != lines[0].get(k))
             raise HeadlabError(
@@ -185,5 +202,5 @@ class RowLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            message = f"could not write {self.path}: {error.strerror or error}; run again to go on from the last row"
+            message = f"could not write {self.path}: {_reason(error)}; run again to go on from the last row"
             raise HeadlabError(message) from error

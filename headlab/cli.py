@@ -1,0 +1,431 @@
+"""The command line. Every command reads and writes one folder of results; what is there already is used, never replaced."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import HeadlabError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .batches import Batch
+    from .gates import Fill
+    from .scores import HeadScores
+
+app = typer.Typer(
+    help="Attention heads of transformers: score them, remove them one by one, prune the model, time it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _help(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+class Reduction(StrEnum):
+    token = "token"
+    example = "example"
+    batch = "batch"
+    signed = "signed"
+
+
+class Method(StrEnum):
+    taylor = "taylor"
+    magnitude = "magnitude"
+    random = "random"
+
+
+class Order(StrEnum):
+    taylor = "taylor"
+    ablation = "ablation"
+    magnitude = "magnitude"
+    random = "random"
+
+
+class FillKind(StrEnum):
+    zero = "zero"
+    mean = "mean"
+
+
+class Unit(StrEnum):
+    head = "head"
+    group = "group"
+
+
+class Gqa(StrEnum):
+    pad = "pad"
+    ungroup = "ungroup"
+    strict = "strict"
+
+
+Model = Annotated[str, typer.Argument(help="A hub name, or a folder.", metavar="MODEL")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of results, read and written.")]
+Text = Annotated[Path, typer.Option("--text", "-t", help="Text file; for classifiers and encoder-decoders JSON lines.")]
+Examples = Annotated[int, typer.Option(min=1, help="How many examples are taken from the text.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens per example.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
+Filled = Annotated[FillKind, typer.Option(help="What stands in for a removed head: zero, or its mean on the text.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as saved.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller model, in seconds.")] = False,
+    seed: int = 0,
+) -> None:
+    """Train a small attention-only model, score its heads, draw pruning curves, prune it and check the result."""
+    from .demo import run
+
+    _quieten()
+    typer.echo(run(out, quick, seed))
+    typer.echo(f"Everything is in {out}: begin with {out / 'summary.md'} and {out / 'curves.html'}.")
+
+
+@app.command()
+def score(
+    model: Model,
+    text: Annotated[Path | None, typer.Option("--text", "-t", help="Text file (not needed for a baseline).")] = None,
+    out: Out = Path("results"),
+    method: Method = Method.taylor,
+    reduction: Reduction = Reduction.example,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Divide by the layer's l2 norm.")] = False,
+    fill: Filled = FillKind.zero,
+    examples: Examples = 16,
+    length: Length = 64,
+    batch_size: BatchSize = 8,
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Score every head by one forward and one backward pass (or by a baseline)."""
+    from . import plots
+    from .taylor import importance
+
+    loaded = _load(model, dtype, device)
+    data = None
+    if method is Method.taylor:
+        data = _batches(loaded, _needed(text), examples, length, batch_size, seed)
+    scores = importance(
+        loaded,
+        data,
+        method=method.value,
+        reduction=reduction.value,
+        normalize="layer" if normalize else None,
+        fill=None if data is None else _fill(loaded, data, fill, out),
+        seed=seed,
+    )
+    scores = _store(scores, out / f"scores-{method}.json")
+    plots.save_html(plots.heads(scores), out / f"scores-{method}.html")
+    _show_top(scores, out / f"scores-{method}.json")
+
+
+@app.command()
+def ablate(
+    model: Model,
+    text: Text,
+    out: Out = Path("results"),
+    keep_one: Annotated[bool, typer.Option("--keep-one", help="Remove every other head of the layer instead.")] = False,
+    by_size: Annotated[bool, typer.Option("--by-size", help="Score by the size of the change, not its value.")] = False,
+    fill: Filled = FillKind.zero,
+    examples: Examples = 16,
+    length: Length = 64,
+    batch_size: BatchSize = 8,
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+) -> None:
+    """The exact change of the loss with each head removed. Goes on where it stopped."""
+    from . import plots
+    from .exact import ablation
+
+    loaded = _load(model, dtype, device)
+    data = _batches(loaded, text, examples, length, batch_size, seed)
+    name = "scores-keep-one" if keep_one else "scores-ablation"
+    scores = ablation(
+        loaded,
+        data,
+        keep_one=keep_one,
+        order="size" if by_size else "value",
+        fill=_fill(loaded, data, fill, out),
+        log=out / f"{name}.log.jsonl",
+    )
+    scores = _store(scores, out / f"{name}.json")
+    _write_csv(scores, out / f"{name}.csv")
+    plots.save_html(plots.heads(scores), out / f"{name}.html")
+    if (taylor := out / "scores-taylor.json").exists() and not keep_one:
+        plots.save_html(plots.against(_read_scores(taylor), scores), out / "taylor-against-ablation.html")
+    _show_top(scores, out / f"{name}.json")
+
+
+@app.command()
+def curve(
+    model: Model,
+    text: Text,
+    out: Out = Path("results"),
+    order: Annotated[Order, typer.Option(help="Whose scores decide what goes first; read from the folder.")] = Order.taylor,
+    reestimate: Annotated[bool, typer.Option("--reestimate", help="Score again (Taylor) before every step.")] = False,
+    unit: Unit = Unit.head,
+    steps: Annotated[int, typer.Option(min=1, help="Steps from the whole model to the last fraction.")] = 10,
+    until: Annotated[float, typer.Option(help="The last fraction of heads removed.")] = 1.0,
+    fill: Filled = FillKind.zero,
+    examples: Examples = 16,
+    length: Length = 64,
+    batch_size: BatchSize = 8,
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+) -> None:
+    """The loss against the share of heads removed. Goes on where it stopped."""
+    from . import plots
+    from .curves import Curve, pruning_curve
+    from .taylor import importance
+
+    loaded = _load(model, dtype, device)
+    data = _batches(loaded, text, examples, length, batch_size, seed)
+    stand_in = _fill(loaded, data, fill, out)
+    scores: HeadScores | Callable[[nn.Module], HeadScores]
+    if reestimate:
+        scores = lambda m: importance(m, data, fill=stand_in)  # noqa: E731
+    elif order in (Order.random, Order.magnitude):
+        scores = importance(loaded, method=order.value, seed=seed)  # type: ignore[arg-type]
+    else:
+        scores = _read_scores(out / f"scores-{order}.json")
+    parts = ["reestimated" if reestimate else order, "group" if unit is Unit.group else "", "mean" if stand_in else ""]
+    name = "-".join(filter(None, ["curve", *parts]))
+    fractions = [until * step / steps for step in range(steps + 1)]
+    log = out / f"{name}.log.jsonl"
+    result = pruning_curve(loaded, scores, data, fractions, fill=stand_in, unit=unit.value, log=log)
+    result = _store(result, out / f"{name}.json")
+    _write_csv(result, out / f"{name}.csv")
+    found = {file.stem.removeprefix("curve-"): Curve.load(file) for file in sorted(out.glob("curve-*.json"))}
+    plots.save_html(plots.curves(found), out / "curves.html")
+    typer.echo(result.to_frame().to_string(index=False, float_format="{:.4g}".format))
+    typer.echo(f"area {result.area:.4g}; written to {out / name}.json, all curves of the folder are in {out / 'curves.html'}")
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out = Path("results"),
+    keep: Annotated[float, typer.Option(help="The share of heads (or groups) that stays.")] = 0.7,
+    order: Annotated[Order, typer.Option(help="Whose scores decide; read from the folder.")] = Order.taylor,
+    unit: Unit = Unit.head,
+    at_least: Annotated[int, typer.Option(min=0, help="Units of every layer that stay in any case.")] = 0,
+    gqa: Annotated[Gqa, typer.Option(help="What to do where groups keep unequal numbers of query heads.")] = Gqa.pad,
+    fill: Annotated[FillKind, typer.Option(help="zero, or the means that an earlier command measured.")] = FillKind.zero,
+    to: Annotated[Path | None, typer.Option(help="Folder of the pruned model; by default OUT/pruned.")] = None,
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Save a model without its least important heads. It opens with headlab.load, or transformers' from_pretrained."""
+    import torch
+
+    from .gates import Fill, masked
+    from .models import inner, probe_batch, tokenizer
+    from .surgery import kept, save_pruned
+    from .surgery import prune as pruned
+    from .taylor import importance
+
+    loaded = _load(model, dtype, device)
+    if order in (Order.random, Order.magnitude):
+        scores = importance(loaded, method=order.value, seed=seed)  # type: ignore[arg-type]
+    else:
+        scores = _read_scores(out / f"scores-{order}.json")
+    mask = scores.keep(keep, unit=unit.value, at_least=at_least)
+    means = None if fill is FillKind.zero else Fill.load(out / "fill-mean.safetensors")
+    small = pruned(loaded, mask, means, gqa=gqa.value)
+    batch = probe_batch(loaded)
+    with torch.inference_mode():
+        with masked(loaded, mask, means):
+            expected = inner(loaded)(**batch)[0]
+        difference = (inner(small)(**batch)[0] - expected).abs().max().item()
+    folder = to or out / "pruned"
+    save_pruned(small, folder, tokenizer(loaded))
+    mask.save(out / f"{folder.name}-mask.json")
+    left = kept(small)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (loaded, small))
+    typer.echo(left.to_string(index=False))
+    typer.echo(
+        f"{len(mask.removed)} of {len(mask)} heads removed: {left['slots'].sum()} query slots and {left['groups'].sum()} "
+        f"key-value groups are left, {after:,} of {before:,} parameters; largest difference from the masked model "
+        f"{difference:.1e}; written to {folder}"
+    )
+
+
+@app.command()
+def time(
+    model: Model,
+    out: Out = Path("results"),
+    pruned: Annotated[Path | None, typer.Option(help="Folder of the pruned model; by default OUT/pruned.")] = None,
+    sizes: Annotated[str, typer.Option(help="Examples x tokens, as in 1x64,16x256.")] = "1x64,4x64,16x64,16x256",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes per size.")] = 10,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Parameters, bytes on disk and latency of the dense, masked and pruned model."""
+    from . import plots
+    from .models import heads
+    from .scores import HeadMask
+    from .speed import shapes, timing
+
+    grid = _sizes(sizes)
+    folder = pruned or out / "pruned"
+    dense = _load(model, dtype, device)
+    small = _load(str(folder), dtype, device)
+    mask = HeadMask.without(heads(dense), {str(head) for head in heads(dense)} - {str(head) for head in heads(small)})
+    models = {"dense": dense, "masked": (dense, mask), "pruned": small}
+    result = timing(models, shapes(dense, grid), repeats=repeats)
+    result.save(out / "timing.json")
+    _write_csv(result, out / "timing.csv")
+    plots.save_html(plots.timing(result), out / "timing.html")
+    typer.echo(result.to_frame().to_string(index=False, float_format="{:.4g}".format))
+    typer.echo(f"medians of {repeats} passes on {result.record['device']}; written to {out / 'timing.json'}")
+
+
+def _load(name: str, dtype: str, device: str) -> Any:
+    import torch
+
+    from .models import load
+
+    _quieten()
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if wanted != "auto" and not isinstance(wanted, torch.dtype):
+        raise HeadlabError(f"there is no dtype {dtype!r}: choose float32, bfloat16, float16 or auto")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise HeadlabError("there is no CUDA device on this machine: leave --device out, or choose cpu")
+    return load(name, dtype=wanted, device=device)
+
+
+def _quieten() -> None:
+    """Leave stderr to headlab's own progress bars and errors."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+
+
+def _needed(text: Path | None) -> Path:
+    if text is None:
+        raise HeadlabError("this method needs a text: --text FILE")
+    return text
+
+
+def _batches(
+    model: nn.Module, text: Path, examples: int, length: int, batch_size: int, seed: int
+) -> list[Batch]:
+    from .batches import prepare
+    from .texts import read_batches
+
+    found = read_batches(model, text, examples=examples, length=length, batch_size=batch_size, seed=seed)
+    return list(prepare(model, found))
+
+
+def _fill(model: nn.Module, data: list[Batch], kind: FillKind, out: Path) -> Fill | None:
+    """The means of the folder, measured now if they are not there yet."""
+    from .gates import Fill, fill
+
+    if kind is FillKind.zero:
+        return None
+    path = out / "fill-mean.safetensors"
+    if path.exists():
+        found = Fill.load(path)
+        found.check(model)
+        return found
+    found = fill(model, data)
+    found.save(path)
+    return found
+
+
+def _read_scores(path: Path) -> HeadScores:
+    from . import exact  # noqa: F401 (it knows the scores of ablation)
+    from .scores import HeadScores
+
+    if not path.exists():
+        command = "ablate" if "ablation" in path.name else "score"
+        raise HeadlabError(f"there is no {path}: run headlab {command} with the same --out first")
+    return HeadScores.load(path)
+
+
+def _store(result: Any, path: Path) -> Any:
+    """Write a result, unless the same is there already; another one is never replaced."""
+    if path.exists():
+        found = type(result).load(path)
+        if found.record != _as_saved(result.record):
+            raise HeadlabError(f"{path} holds another result (of another model, text or option): choose another --out")
+        return found
+    result.save(path)
+    return result
+
+
+def _as_saved(record: dict[str, Any]) -> Any:
+    import json
+
+    return json.loads(json.dumps(record))
+
+
+def _write_csv(result: Any, path: Path) -> None:
+    from .results import write
+
+    write(path, lambda file: result.to_frame().to_csv(file, index=False))
+
+
+def _show_top(scores: HeadScores, path: Path) -> None:
+    order = {str(head): score for head, score in scores.top(len(scores))}
+    names = list(order)
+    typer.echo("most important:  " + ", ".join(f"{name} {order[name]:.4g}" for name in names[:5]))
+    typer.echo("least important: " + ", ".join(f"{name} {order[name]:.4g}" for name in names[:-6:-1]))
+    typer.echo(f"{len(scores)} heads; written to {path}")
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    try:
+        pairs = [tuple(int(n) for n in part.split("x")) for part in text.split(",")]
+        if all(len(pair) == 2 and min(pair) > 0 for pair in pairs):
+            return [(pair[0], pair[1]) for pair in pairs]
+    except ValueError:
+        pass
+    raise HeadlabError(f"sizes are examples x tokens, as in 1x64,16x256, not {text!r}")
+
+
+def main() -> None:
+    """Run the command line; an error is one line on stderr and exit status 1, never a traceback."""
+    try:
+        status = app(standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("stopped; run the same command again to go on", 130)
+    except HeadlabError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+    except MemoryError:
+        _fail("out of memory: take fewer or shorter examples (--examples, --length, --batch-size)", 1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not a usage error of typer's, whose classes are private: a bug
+            raise
+        _fail(f"{error.format_message()} (headlab --help tells more)", 2)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> None:
+    sys.stderr.write(f"headlab: {' '.join(message.split())}\n")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

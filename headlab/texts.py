@@ -1,0 +1,121 @@
+"""Text files into batches: running text for language models, JSON lines with labels or targets for the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .batches import IGNORED, loss_kind
+from .errors import HeadlabError
+from .models import tokenizer as tokenizer_of
+
+MASKED_SHARE = 0.15  # of the tokens, as BERT was trained
+
+
+def text_batches(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, examples: int = 16, length: int = 64, batch_size: int = 8
+) -> list[dict[str, Tensor]]:
+    """Cut running text into examples of `length` tokens, in batches: `examples` of them, or as many as there are.
+
+    Raises:
+        HeadlabError: the text is shorter than one example.
+
+    >>> batches = text_batches(tokenizer, open("book.txt").read(), examples=16, length=64)  # doctest: +SKIP
+    """
+    for name, value in (("examples", examples), ("length", length), ("batch_size", batch_size)):
+        if value < 1:
+            raise HeadlabError(f"{name} must be at least 1, not {value}")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    n = min(examples, len(ids) // length)
+    if n < 1:
+        raise HeadlabError(f"the text has {len(ids)} tokens, fewer than one example of {length}: give more, or ask for less")
+    rows = torch.tensor(ids[: n * length]).view(n, length)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(batch_size)]
+
+
+def read_batches(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    examples: int = 16,
+    length: int = 64,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
+    """Batches for a model's own loss, from a file.
+
+    A causal language model reads running text; so does a masked one, which has to find 15 % of the tokens again (drawn by
+    `seed`). A file that ends in `.jsonl` has an example a line: `{"text": ..., "label": ...}` for a classifier,
+    `{"text": ..., "target": ...}` for an encoder-decoder; texts are cut to `length` tokens and padded.
+
+    Raises:
+        HeadlabError: the file cannot be read or is not of the form that the model needs; the model has no tokenizer.
+    """
+    kind = loss_kind(model)
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
+        raise HeadlabError("no tokenizer lies beside the model, so it cannot read text")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HeadlabError(f"cannot read the text file {path}: {error}") from None
+    if kind in ("ForCausalLM", "ForMaskedLM"):
+        batches = text_batches(tokenizer, text, examples=examples, length=length, batch_size=batch_size)
+        return batches if kind == "ForCausalLM" else _hide_tokens(tokenizer, batches, seed)
+    wanted = {"ForSequenceClassification": "label", "ForConditionalGeneration": "target"}.get(kind)
+    if wanted is None:
+        raise HeadlabError(f"headlab cannot make batches for {type(model).__name__} from a file: make them in Python")
+    rows = _json_lines(text, path, wanted)[:examples]
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return [
+        _labelled(tokenizer, rows[i : i + batch_size], wanted, length) for i in range(0, len(rows), batch_size)
+    ]
+
+
+def _hide_tokens(
+    tokenizer: PreTrainedTokenizerBase, batches: list[dict[str, Tensor]], seed: int
+) -> list[dict[str, Tensor]]:
+    """Replace a share of the tokens by the mask token, and ask for them; at least one in every example."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        draws = torch.rand(ids.shape, generator=generator)
+        chosen = (draws < MASKED_SHARE) | (draws == draws.min(-1, keepdim=True).values)
+        labels = ids.masked_fill(~chosen, IGNORED)
+        hidden.append(batch | {"input_ids": ids.masked_fill(chosen, tokenizer.mask_token_id), "labels": labels})
+    return hidden
+
+
+def _json_lines(text: str, path: str | Path, wanted: str) -> list[dict[str, str | int | float]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({"text": row["text"], wanted: row[wanted]})
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise HeadlabError(
+                f'{path}, line {number}: this model needs JSON lines with "text" and "{wanted}", '
+                f'as in {{"text": "...", "{wanted}": {"1" if wanted == "label" else chr(34) + "..." + chr(34)}}}'
+            ) from None
+    if not rows:
+        raise HeadlabError(f"{path} holds no examples")
+    return rows
+
+
+def _labelled(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str | int | float]], wanted: str, length: int
+) -> dict[str, Tensor]:
+    options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": length}
+    batch = dict(tokenizer([row["text"] for row in rows], **options))
+    if wanted == "label":
+        return batch | {"labels": torch.tensor([row["label"] for row in rows])}
+    target = tokenizer(text_target=[row["target"] for row in rows], **options)
+    return batch | {"labels": target["input_ids"].masked_fill(target["attention_mask"] == 0, IGNORED)}
