@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--pos", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="of importance and training step")
+    parser.add_argument("--rounds", type=int, default=1, help="of ablation and loop")
     parser.add_argument("--every", type=int, default=9, help="the loop of whole passes measures every n-th head")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -43,7 +44,9 @@ def main() -> None:
     model = load(options.random, dtype, options.device)
     ids = torch.randint(model.config.vocab_size, (options.batch, options.pos), device=options.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found = importance_cost(model, batch, options.repeats) | ablation_cost(model, batch, options.repeats, options.every)
+    if ids.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    found = importance_cost(model, batch, options.repeats) | ablation_cost(model, batch, options.rounds, options.every)
     machine = torch.cuda.get_device_name() if ids.is_cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
     where = {"machine": machine, "torch": torch.__version__, "dtype": options.dtype, "shape": list(ids.shape)}
     print(json.dumps(where | found, indent=1))  # noqa: T201
@@ -88,7 +91,7 @@ def importance_cost(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], rep
     return {"training step s": spread(steps), "importance s": spread(scores), "importance / training step": spread(ratio)}
 
 
-def ablation_cost(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], repeats: int, every: int) -> dict[str, Any]:
+def ablation_cost(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], rounds: int, every: int) -> dict[str, Any]:
     """Seconds of `hl.ablation` and of a loop of whole passes under `hl.masked`, and the limit of sharing on a CPU."""
     heads = hl.heads(model)
     sampled = heads[::every]
@@ -111,17 +114,17 @@ def ablation_cost(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], repea
             own_loss(model, batch)
 
     bodies, wholes, loops, shared, gains = [], [], [], [], []
-    for turn in range(repeats + 1):
+    loop()  # warm-up
+    for _ in range(rounds):
         changes: list[float] = []
         loop_time = seconds(lambda: changes.extend(loop())) * (len(heads) + 1) / (len(sampled) + 1)
         scores: list[hl.AblationScores] = []
         shared_time = seconds(lambda: scores.append(hl.ablation(model, [batch])))
-        if turn:  # the first is warm-up
-            bodies.append(seconds(body))
-            wholes.append(seconds(whole))
-            loops.append(loop_time)
-            shared.append(shared_time)
-            gains.append(loop_time / shared_time)
+        bodies.append(seconds(body))
+        wholes.append(seconds(whole))
+        loops.append(loop_time)
+        shared.append(shared_time)
+        gains.append(loop_time / shared_time)
     exact = {str(head): scores[0].columns["change"][head.row][head.index] for head in heads}
     difference = max(abs(exact[str(head)] - change) for head, change in zip(sampled, changes, strict=True))
     b, w = statistics.median(bodies), statistics.median(wholes)

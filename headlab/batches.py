@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .errors import HeadlabError
-from .models import inner, tokenizer
+from .models import PRUNED, inner, tokenizer
 
 Batch = Mapping[str, Tensor]
 Batches = Iterable[Batch] | Iterable[str]
@@ -45,7 +45,10 @@ def prepare(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
     for number, batch in enumerate(given):
         if not isinstance(batch, Mapping) or not any(name in batch for name in ("input_ids", "inputs_embeds")):
             raise HeadlabError(f"batch {number} is not a dict with input_ids (nor is every batch a string)")
-        moved = {name: torch.as_tensor(value).to(root.device) for name, value in batch.items()}
+        try:
+            moved = {name: torch.as_tensor(value).to(root.device) for name, value in batch.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise HeadlabError(f"batch {number} is not made of tensors: {str(error).splitlines()[0]}") from None
         main = moved.get("input_ids", moved.get("inputs_embeds"))
         if main is None or main.ndim < 2 or main.numel() == 0:
             raise HeadlabError(f"batch {number} is empty: input_ids has the shape {tuple(main.shape)}, not [batch, pos]")
@@ -65,16 +68,17 @@ def _tokenized(model: nn.Module, texts: list[str]) -> list[dict[str, Tensor]]:
         raise HeadlabError("the model brings no tokenizer: give batches as dicts with input_ids, not as strings")
     if found.pad_token is None:
         found.pad_token = found.eos_token
-    found.padding_side = "right"
+    if found.pad_token is None:
+        raise HeadlabError("the tokenizer has no token to pad with: set its pad_token, or give batches of dicts")
     chunks = [texts[i : i + TEXTS_PER_BATCH] for i in range(0, len(texts), TEXTS_PER_BATCH)]
-    return [dict(found(chunk, return_tensors="pt", padding=True)) for chunk in chunks]
+    return [dict(found(chunk, return_tensors="pt", padding=True, padding_side="right")) for chunk in chunks]
 
 
 def _context(root: nn.Module) -> int | None:
     """The longest input that a model takes; None where nothing limits it (relative positions)."""
     config = root.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    if context is not None and config.model_type in ("roberta", "xlm-roberta"):
+    if context is not None and config.model_type.removeprefix(PRUNED) in ("roberta", "xlm-roberta"):
         context -= config.pad_token_id + 1  # these count positions from there
     return context
 
@@ -91,7 +95,9 @@ def real_tokens(batch: Batch, stack: str = "") -> Bool[Tensor, "batch pos"]:
             return mask.bool()
         if (labels := batch.get("labels")) is not None and labels.ndim == 2:
             return labels != IGNORED
-        return torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
+        if (tokens := batch.get("decoder_input_ids")) is not None:
+            return torch.ones_like(tokens, dtype=torch.bool)
+    # a classifier's decoder reads what its encoder reads
     main = batch.get("input_ids", batch.get("inputs_embeds"))
     assert main is not None
     return _mask(batch, main).bool()
@@ -132,6 +138,16 @@ def check_losses(losses: Tensor, batch: Batch) -> Tensor:
     return losses
 
 
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """The model's output for a batch, without what only a loss needs: with labels, transformers edits a config."""
+    root = inner(model)
+    makes_input = type(root).__name__.endswith(("ForConditionalGeneration", "EncoderDecoderModel"))  # from labels
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if makes_input or name not in _LABELS}
+    if "use_cache" in inspect.signature(root.forward).parameters:
+        inputs["use_cache"] = False  # nothing follows that would read it
+    return root(**inputs)
+
+
 def own_loss(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
     """The model's own loss, one number per example: the mean over the example's real tokens that have a label.
 
@@ -142,15 +158,14 @@ def own_loss(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
     """
     root = inner(model)
     kind = loss_kind(model)
-    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in _LABELS or kind == "ForConditionalGeneration"}
     if kind != "ForCausalLM" and not all(name in batch for name in _NEEDED[kind]):
         raise HeadlabError(f"a batch for {type(root).__name__} needs {' and '.join(_NEEDED[kind])}, or pass your own loss=")
-    if "use_cache" in inspect.signature(root.forward).parameters:
-        inputs["use_cache"] = False  # nothing follows that would read it
-    output = root(**inputs)
+    output = forward(model, batch)
     if kind == "ForQuestionAnswering":
-        start = F.cross_entropy(output.start_logits.float(), batch["start_positions"], reduction="none")
-        end = F.cross_entropy(output.end_logits.float(), batch["end_positions"], reduction="none")
+        spans = [(output.start_logits, batch["start_positions"]), (output.end_logits, batch["end_positions"])]
+        if any(((at < 0) | (at >= logits.shape[1])).any() for logits, at in spans):
+            raise HeadlabError("an answer starts or ends outside its example's tokens: leave such examples out")
+        start, end = (F.cross_entropy(logits.float(), at, reduction="none") for logits, at in spans)
         return (start + end) / 2
     logits = output.logits
     if kind == "ForSequenceClassification":

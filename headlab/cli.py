@@ -68,6 +68,13 @@ class Gqa(StrEnum):
     strict = "strict"
 
 
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 Model = Annotated[str, typer.Argument(help="A hub name, or a folder.", metavar="MODEL")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of results, read and written.")]
 Text = Annotated[Path, typer.Option("--text", "-t", help="Text file; for classifiers and encoder-decoders JSON lines.")]
@@ -75,7 +82,7 @@ Examples = Annotated[int, typer.Option(min=1, help="How many examples are taken 
 Length = Annotated[int, typer.Option(min=1, help="Tokens per example.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
 Filled = Annotated[FillKind, typer.Option(help="What stands in for a removed head: zero, or its mean on the text.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as saved.")]
+Precision = Annotated[Dtype, typer.Option(help="Of the weights; auto is as they were saved.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 
 
@@ -106,7 +113,7 @@ def score(
     length: Length = 64,
     batch_size: BatchSize = 8,
     seed: int = 0,
-    dtype: Dtype = "auto",
+    dtype: Precision = Dtype.auto,
     device: Device = "cpu",
 ) -> None:
     """Score every head by one forward and one backward pass (or by a baseline)."""
@@ -143,7 +150,7 @@ def ablate(
     length: Length = 64,
     batch_size: BatchSize = 8,
     seed: int = 0,
-    dtype: Dtype = "auto",
+    dtype: Precision = Dtype.auto,
     device: Device = "cpu",
 ) -> None:
     """The exact change of the loss with each head removed. Goes on where it stopped."""
@@ -184,7 +191,7 @@ def curve(
     length: Length = 64,
     batch_size: BatchSize = 8,
     seed: int = 0,
-    dtype: Dtype = "auto",
+    dtype: Precision = Dtype.auto,
     device: Device = "cpu",
 ) -> None:
     """The loss against the share of heads removed. Goes on where it stopped."""
@@ -227,7 +234,7 @@ def prune(
     fill: Annotated[FillKind, typer.Option(help="zero, or the means that an earlier command measured.")] = FillKind.zero,
     to: Annotated[Path | None, typer.Option(help="Folder of the pruned model; by default OUT/pruned.")] = None,
     seed: int = 0,
-    dtype: Dtype = "auto",
+    dtype: Precision = Dtype.auto,
     device: Device = "cpu",
 ) -> None:
     """Save a model without its least important heads. It opens with headlab.load, or transformers' from_pretrained."""
@@ -272,7 +279,7 @@ def time(
     pruned: Annotated[Path | None, typer.Option(help="Folder of the pruned model; by default OUT/pruned.")] = None,
     sizes: Annotated[str, typer.Option(help="Examples x tokens, as in 1x64,16x256.")] = "1x64,4x64,16x64,16x256",
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes per size.")] = 10,
-    dtype: Dtype = "auto",
+    dtype: Precision = Dtype.auto,
     device: Device = "cpu",
 ) -> None:
     """Parameters, bytes on disk and latency of the dense, masked and pruned model."""
@@ -295,18 +302,15 @@ def time(
     typer.echo(f"medians of {repeats} passes on {result.record['device']}; written to {out / 'timing.json'}")
 
 
-def _load(name: str, dtype: str, device: str) -> Any:
+def _load(name: str, dtype: Dtype, device: str) -> Any:
     import torch
 
     from .models import load
 
     _quieten()
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if wanted != "auto" and not isinstance(wanted, torch.dtype):
-        raise HeadlabError(f"there is no dtype {dtype!r}: choose float32, bfloat16, float16 or auto")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise HeadlabError("there is no CUDA device on this machine: leave --device out, or choose cpu")
-    return load(name, dtype=wanted, device=device)
+    return load(name, dtype=dtype if dtype is Dtype.auto else getattr(torch, dtype), device=device)
 
 
 def _quieten() -> None:
@@ -403,12 +407,15 @@ def _sizes(text: str) -> list[tuple[int, int]]:
     raise HeadlabError(f"sizes are examples x tokens, as in 1x64,16x256, not {text!r}")
 
 
+STOPPED = 130  # exit status after Ctrl-C, by convention 128 + the signal's number
+
+
 def main() -> None:
     """Run the command line; an error is one line on stderr and exit status 1, never a traceback."""
     try:
         status = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("stopped; run the same command again to go on", 130)
+        status = STOPPED
     except HeadlabError as error:
         _fail(str(error), 1)
     except OSError as error:
@@ -419,6 +426,8 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # not a usage error of typer's, whose classes are private: a bug
             raise
         _fail(f"{error.format_message()} (headlab --help tells more)", 2)
+    if status == STOPPED:  # which is also how typer reports Ctrl-C
+        _fail("stopped; run the same command again to go on", STOPPED)
     sys.exit(status if isinstance(status, int) else 0)
 
 

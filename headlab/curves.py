@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,15 +144,16 @@ def pruning_curve(
         raise HeadlabError(f"fractions are between 0 and 1, not {', '.join(map(str, bad))}")
     steps = sorted({0.0, *map(float, fractions)})
     data = prepare(model, batches)
-    first = scores if isinstance(scores, HeadScores) else scores(model)
-    first.check(head_rows(model), fingerprint(model))
+    estimate = None if isinstance(scores, HeadScores) else scores
+    first = _fitted(scores if isinstance(scores, HeadScores) else scores(model), model)
     names = {str(head): head for head in heads(model)}
     record = {
         "method": "pruning curve",
         "model": describe(model),
         "data": describe_data(data),
         "order": first.record,
-        "reestimated": not isinstance(scores, HeadScores),
+        "ranking": _ranking(first, unit) if estimate is None else None,
+        "reestimated": estimate is not None,
         "fractions": steps,
         "loss": None if metric is not None else loss_name(loss),
         "metric": None if metric is None else loss_name(metric),
@@ -166,9 +168,9 @@ def pruning_curve(
     with bar, evaluating(model):
         for fraction in steps[len(log_of_rows.rows) :]:
             order = first
-            if not isinstance(scores, HeadScores) and removed:
+            if estimate is not None and removed:
                 with masked(model, _mask(model, removed), fill):
-                    order = scores(model)
+                    order = _fitted(estimate(model), model)
             removed = _remove(order, removed, round(fraction * n_units), unit)
             with masked(model, _mask(model, removed), fill), torch.inference_mode():
                 measured = _measure(model, data, loss or own_loss, metric)
@@ -178,6 +180,18 @@ def pruning_curve(
     losses = np.array([row["losses"] for row in rows]) if metric is None else np.zeros(0)
     values = losses.mean(1) if metric is None else np.array([row["value"] for row in rows])
     return Curve([row["removed"] for row in rows], values, losses, len(names), record)
+
+
+def _fitted(scores: HeadScores, model: nn.Module) -> HeadScores:
+    """The scores, checked to be of this model and labelled with its heads (bare rows do not know their groups)."""
+    scores.check(head_rows(model), fingerprint(model))
+    return HeadScores(scores.rows, head_rows(model), scores.record)
+
+
+def _ranking(scores: HeadScores, unit: Unit) -> str:
+    """Twelve hex digits that tell orders apart, for scores made by hand have no record."""
+    names = [str(head) for members, _ in scores.units(unit) for head in members]
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
 
 
 def _mask(model: nn.Module, removed: Sequence[Head]) -> HeadMask:

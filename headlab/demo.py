@@ -19,7 +19,7 @@ from .exact import ablation
 from .gates import masked
 from .models import load
 from .results import building, write
-from .scores import HeadMask
+from .scores import HeadMask, HeadScores
 from .speed import timing
 from .surgery import kept, prune, save_pruned
 from .taylor import importance
@@ -150,7 +150,7 @@ def run(folder: Path, quick: bool = False, seed: int = 0) -> str:
     return summary
 
 
-def cheapest_mask(curve: Curve, scores: object) -> HeadMask:
+def cheapest_mask(curve: Curve, scores: HeadScores) -> HeadMask:
     """The last mask of a curve, from the whole model on, that costs no more than is tolerated."""
     within = 0
     while within + 1 < len(curve.rises) and curve.rises[within + 1] <= TOLERATED:

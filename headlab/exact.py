@@ -6,6 +6,7 @@ through one pass, as copies of the batch with different gates.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from .sites import Pass, at_sites, replaying
 ALPHA = 0.01  # the significance level of Michel et al. 2019, tables 1 to 3
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AblationScores(HeadScores):
     """Exact scores. `columns`: `change` of the mean loss, its standard error `se`, and `p` of a paired t-test."""
 
@@ -104,7 +105,8 @@ def _statistics(changes: list[np.ndarray]) -> dict[str, tuple[np.ndarray, ...]]:
     columns = {"change": tuple(row.mean(0) for row in changes)}
     if len(changes[0]) > 1:
         errors = [row.std(0, ddof=1) / np.sqrt(len(row)) for row in changes]
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of examples that all changed by the same amount
             tests = [ttest_1samp(row, 0.0).pvalue if row.size else np.zeros(0) for row in changes]
         # examples that all changed by the same amount leave nothing to test: p is 1 if they did not change at all, else 0
         exact = [np.where(mean == 0, 1.0, 0.0) for mean in columns["change"]]

@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .batches import Batches, describe_data, prepare
+from .batches import Batches, describe_data, forward, prepare, real_tokens
 from .errors import HeadlabError
 from .families import Attention, weight_blocks
 from .scores import Head, HeadMask
-from .models import describe, evaluating, fingerprint, head_rows, inner, rows
+from .models import describe, evaluating, fingerprint, head_rows, rows
 from .results import FORMAT, Result, write
 from .sites import Pass, at_sites
 
@@ -57,18 +57,27 @@ def masked(model: nn.Module, mask: Gates, fill: Fill | None = None, site: str = 
         fill.check(model)
     wanted = [row for row in found if not bool((gates[row.row] == 1).all())]
     stand_in = None if fill is None else StandIn(fill)
+    by_slot_of: dict[int, Tensor] = {}  # made at the first pass, on the device of z
 
     def gate(row: Attention, z: Tensor, run: Pass) -> Tensor:
         by_head = gates[row.row]
         if by_head.ndim == 2 and len(by_head) != len(z):
             raise HeadlabError(f"there are gates for {len(by_head)} examples, but the batch has {len(z)}")
-        by_slot = torch.ones(*by_head.shape[:-1], len(row.slots), dtype=z.dtype, device=z.device)
-        by_slot[..., row.places] = by_head.to(z)
-        by_slot = by_slot[:, None, :, None] if by_head.ndim == 2 else by_slot[:, None]
+        if row.row not in by_slot_of or by_head.requires_grad or by_slot_of[row.row].dtype != z.dtype:
+            by_slot_of[row.row] = _by_slot(row, by_head, z)
+        by_slot = by_slot_of[row.row]
         return z * by_slot if stand_in is None else z * by_slot + (1 - by_slot) * stand_in(row, z, run)
 
     with at_sites(model, gate, wanted):
         yield
+
+
+@torch.inference_mode(mode=False)  # a later pass may be for gradients
+def _by_slot(row: Attention, gates: Tensor, z: Tensor) -> Tensor:
+    """Gates of heads, [head] or [batch, head], as gates of slots that multiply z, [batch or 1, 1, slot, 1]."""
+    by_slot = torch.ones(*gates.shape[:-1], len(row.slots), dtype=z.dtype)
+    by_slot[..., row.places] = gates.to("cpu", z.dtype)
+    return by_slot.view(-1, 1, len(row.slots), 1).to(z.device)
 
 
 def check_site(site: str) -> None:
@@ -84,7 +93,7 @@ def _gates(model: nn.Module, mask: Gates) -> list[Tensor]:
         mask.check(heads, fingerprint(model) if "model" in mask.record else None)
         return [torch.from_numpy(row) for row in mask.rows]
     if isinstance(mask, Tensor):
-        if mask.shape[-1] != sum(lengths):
+        if mask.ndim == 0 or mask.shape[-1] != sum(lengths):
             raise HeadlabError(f"the gates have the shape {tuple(mask.shape)}, but the model has {sum(lengths)} heads")
         mask = list(mask.split(lengths, dim=-1))
     gates = [row if isinstance(row, Tensor) else torch.from_numpy(np.asarray(row, dtype=np.float64)) for row in mask]
@@ -234,9 +243,9 @@ def fill(
     sums = [torch.zeros(0, len(row.heads), row.d_head, dtype=torch.float64) for row in found]
     counts = [torch.zeros(0, dtype=torch.float64) for _ in found]
 
-    def add(row: Attention, z: Tensor, run: Pass) -> None:
-        outputs = z.detach()[:, :, row.places][run.real].double().cpu()  # [token, head, d_head]
-        places = run.positions[run.real].cpu() if per_position else torch.zeros(len(outputs), dtype=torch.long)
+    def add(row: Attention, z: Tensor, run: Pass, real: Tensor) -> None:
+        outputs = z.detach()[:, :, row.places][real].double().cpu()  # [token, head, d_head]
+        places = run.positions[real].cpu() if per_position else torch.zeros(len(outputs), dtype=torch.long)
         missing = max(0, int(places.max()) + 1 - len(counts[row.row]))
         sums[row.row] = torch.cat([sums[row.row], sums[row.row].new_zeros(missing, *outputs.shape[1:])])
         counts[row.row] = torch.cat([counts[row.row], counts[row.row].new_zeros(missing)])
@@ -257,11 +266,11 @@ def _resample(
     outputs: list[list[Tensor]] = [[] for _ in found]  # per row, per example: [pos, head, d_head]
     keys: list[list[int]] = [[] for _ in found]
 
-    def keep(row: Attention, z: Tensor, run: Pass) -> None:
-        for example, real, key in zip(z.detach()[:, :, row.places], run.real, example_keys(run), strict=True):
-            if key not in keys[row.row]:
+    def keep(row: Attention, z: Tensor, run: Pass, real: Tensor) -> None:
+        for example, its_real, key in zip(z.detach()[:, :, row.places], real, example_keys(run), strict=True):
+            if key not in keys[row.row] and its_real.any():
                 keys[row.row].append(key)
-                outputs[row.row].append(example[real].float().cpu())
+                outputs[row.row].append(example[its_real].float().cpu())
 
     _run(model, data, keep)
     if any(len(row) < 2 for row, attention in zip(keys, found, strict=True) if attention.slots):
@@ -274,11 +283,17 @@ def _resample(
     return Fill("resample", values, lengths, tuple(torch.tensor(row, dtype=torch.long) for row in keys), record)
 
 
-def _run(model: nn.Module, data: list[dict[str, Tensor]], edit: Callable[[Attention, Tensor, Pass], None]) -> None:
-    """Forward passes over the data, for what `edit` sees of them."""
-    with evaluating(model), torch.inference_mode(), at_sites(model, edit):
+def _run(model: nn.Module, data: list[dict[str, Tensor]], edit: Callable[[Attention, Tensor, Pass, Tensor], None]) -> None:
+    """Forward passes over the data, for what `edit(row, z, run, real)` sees; `real` knows the labels' padding too."""
+    batch: dict[str, Tensor] = {}
+
+    def see(row: Attention, z: Tensor, run: Pass) -> None:
+        real = real_tokens(batch, row.stack)
+        edit(row, z, run, real if real.shape == run.real.shape else run.real)
+
+    with evaluating(model), torch.inference_mode(), at_sites(model, see):
         for batch in data:
-            inner(model)(**batch)
+            forward(model, batch)
 
 
 @contextmanager
@@ -304,7 +319,7 @@ def capture(
         raise HeadlabError(f"what is 'z' or 'result', not {what!r}")
     found = rows(model)
     known = {head: (row, place) for row in found for head, place in zip(row.heads, row.places, strict=True)}
-    wanted = list(known) if heads is None else list(heads)
+    wanted = list(dict.fromkeys(known if heads is None else heads))
     if unknown := [str(head) for head in wanted if head not in known]:
         raise HeadlabError(f"the model has no heads {', '.join(unknown)}; hl.heads(model) lists them")
     acts: dict[Head, list[Tensor]] = {head: [] for head in wanted}

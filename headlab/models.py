@@ -58,8 +58,10 @@ def _from_pretrained(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
     except HeadlabError:
         raise
     except Exception as error:  # transformers raises many kinds; all mean that this is no model we can open
-        reason = str(error).strip().splitlines()
-        raise HeadlabError(f"cannot open the model {name!r}: {reason[0] if reason else type(error).__name__}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if type(error).__name__ == "UnpicklingError":  # torch advises to unpickle it all the same
+            reason = "its weights are a pickle with more in it than tensors, which headlab does not open"
+        raise HeadlabError(f"cannot open the model {name!r}: {reason}") from error
     return found
 
 
@@ -88,6 +90,8 @@ def _class_of(config: Any) -> Any:
         return pruned.model_class(getattr(transformers, name.removeprefix("Pruned")))
     if hasattr(transformers, name):
         return getattr(transformers, name)
+    if getattr(config, "auto_map", None):
+        raise HeadlabError(f"cannot open {config._name_or_path!r}: {name} is code in the checkpoint, which headlab never runs")
     return transformers.AutoModelForCausalLM if name.endswith(("ForCausalLM", "LMHeadModel")) else transformers.AutoModel
 
 
@@ -144,17 +148,24 @@ def restored(model: nn.Module) -> PreTrainedModel:
             "this bridge is in compatibility mode: value biases and norms have moved into other weights, so removing a "
             "head means something else than in the model; use the model itself, or a bridge without that mode"
         )
-    plain = copy.deepcopy(model.original_model)
+    kept = (value for module in model.original_model.modules() for value in vars(module).values())
+    passes = [value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf]
+    memo = {id(value): value.detach() for value in passes}  # patterns of the last pass, which deepcopy would refuse
+    plain = copy.deepcopy(model.original_model, memo)
     _unwrap(plain)
     return plain
 
 
 def _unwrap(module: nn.Module) -> None:
-    """Put every component that a bridge wraps back in its place."""
+    """Put every component that a bridge wraps back in its place, without what the bridge has added to it."""
     for name, wrapped in list(module.named_children()):
         original = bare(wrapped)
         if original is not wrapped:
             setattr(module, name, original)
+            if getattr(vars(original).get("forward"), "__module__", "").startswith("transformer_lens"):
+                del original.forward  # T5 blocks are patched to call the bridge's hooks
+            if original._buffers.pop("bias", None) is not None:
+                original.register_parameter("bias", None)  # an unembedding without bias was given one
         _unwrap(original)
 
 
@@ -174,7 +185,7 @@ def bridge(model: nn.Module) -> TransformerBridge:
     batch = probe_batch(plain)
     try:
         found = build_bridge_from_module(wrapped, name, hf_config=wrapped.config, tokenizer=tokenizer(plain))
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(plain), evaluating(found):
             ours, theirs = plain(**batch)[0], found.original_model(**batch)[0]
     except Exception as error:  # TransformerLens raises many kinds where an adapter is missing or does not fit
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -206,7 +217,7 @@ def tokenizer(model: nn.Module) -> PreTrainedTokenizerBase | None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Twelve hex digits that tell models apart by their attention weights, whatever their dtype, bridged or not."""
+    """Twelve hex digits that tell models apart by their attention weights, in float32 as in bfloat16, bridged or not."""
     digest = hashlib.sha256()
     for row in rows(model):
         digest.update(f"{row.family.name} {row.stack} {row.groups}".encode())

@@ -113,17 +113,29 @@ class EmptyAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         hidden = args[0] if args else kwargs["hidden_states"]  # [batch, pos, d_model]
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        _count_tokens(cache, self.layer_idx, hidden)
+        _count_tokens(cache, self.layer_idx, hidden, kwargs.get("encoder_hidden_states"))
         z = hidden.new_zeros(*hidden.shape[:-1], 0)
         output = getattr(self, self.headlab_family.o, None) if not self.headlab_family.core else None
         return (z if output is None else output(z)), None
 
 
-def _count_tokens(cache: Cache | None, layer_idx: int | None, hidden: torch.Tensor) -> int:
-    """Write one number per token into a layer's cache; how many keys the layer has then."""
+def _count_tokens(
+    cache: Cache | None, layer_idx: int | None, hidden: torch.Tensor, encoded: torch.Tensor | None = None
+) -> int:
+    """Write one number per token into a layer's cache; how many keys the layer has then.
+
+    What cross-attention reads, `encoded`, is counted once, in a cache of its own.
+    """
+    read = hidden if encoded is None else encoded  # [batch, pos, d_model]
     if cache is None or layer_idx is None:
-        return hidden.shape[1]
-    dummy = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+        return read.shape[1]
+    if isinstance(cache, EncoderDecoderCache):
+        if encoded is not None and cache.is_updated.get(layer_idx):
+            return read.shape[1]
+        if encoded is not None:
+            cache.is_updated[layer_idx] = True
+        cache = cache.self_attention_cache if encoded is None else cache.cross_attention_cache
+    dummy = read.new_zeros(read.shape[0], 1, read.shape[1], 1)
     keys, _ = cache.update(dummy, dummy, layer_idx)
     return keys.shape[-2]
 
@@ -167,15 +179,11 @@ class NarrowT5Attention(T5Attention):
         cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         output = self.o(hidden.new_zeros(*hidden.shape[:-1], 0))
-        if key_value_states is not None:
-            if isinstance(cache, EncoderDecoderCache) and not cache.is_updated.get(self.layer_idx):
-                _count_tokens(cache.cross_attention_cache, self.layer_idx, key_value_states)
-                cache.is_updated[self.layer_idx] = True
-            return output, None, None
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
         seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-        keys = _count_tokens(cache, self.layer_idx, hidden)
+        seen = seen.clone() if isinstance(seen, torch.Tensor) else seen  # a static cache counts on in place
+        keys = _count_tokens(cache, self.layer_idx, hidden, key_value_states)
+        if key_value_states is not None:
+            return output, None, None
         if position_bias is None and self.has_relative_attention_bias:
             position_bias = super().compute_bias(hidden.shape[1], keys, device=hidden.device, past_seen_tokens=seen)
         return output, position_bias, None
@@ -250,7 +258,9 @@ def _register_models(pruned_config: type[PretrainedConfig], base_config: type[Pr
         mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
         if mapping is not None and base_config in mapping:
             found = mapping[base_config]
-            auto.register(pruned_config, model_class(found[0] if isinstance(found, tuple) else found), exist_ok=True)
+            base = found[0] if isinstance(found, tuple) else found
+            if base.config_class is base_config:  # JevForDecision opens Qwen 2, but with a config of its own
+                auto.register(pruned_config, model_class(base), exist_ok=True)
 
 
 for _family in families():

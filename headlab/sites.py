@@ -8,7 +8,7 @@ error, never a silent no-op.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -99,17 +99,26 @@ class _Stack:
         self.fired.clear()
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
-        tokens, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        shape = (tokens if tokens is not None else embeds).shape[:2]
-        device = (tokens if tokens is not None else embeds).device
+        tokens = given.get("input_ids")
+        main = tokens if tokens is not None else given.get("inputs_embeds")
+        if main is None:
+            raise HeadlabError(f"{type(self.owner).__name__} was given neither input_ids nor inputs_embeds")
+        n_batch, n_pos = main.shape[:2]
         cache = given.get("past_key_values")
         seen = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
-        mask = given.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < seen + shape[1]:
-            mask = torch.ones(shape[0], seen + shape[1], device=device)
-        now = slice(seen, seen + shape[1])
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, now]
-        self.run = Pass(positions, tokens, mask[:, now].bool(), first=seen == 0)
+        mask = padding = given.get("attention_mask")
+        if not isinstance(padding, Tensor) or padding.ndim != 2 or padding.shape[1] < seen + n_pos:
+            padding = torch.ones(n_batch, seen + n_pos, device=main.device)
+        positions = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, seen : seen + n_pos]
+        real = padding[:, seen : seen + n_pos].bool()
+        if isinstance(mask, Mapping):
+            mask = next(iter(mask.values()))  # one for each kind of layer
+        if isinstance(mask, Tensor) and mask.ndim == 4:  # [batch, 1, pos, key], as generation makes for a static cache
+            if seen == 0 and mask.shape[2] == n_pos:
+                real = (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0).diagonal(dim1=1, dim2=2)
+            if (numbered := given.get("position_ids")) is not None:
+                positions = numbered.expand(n_batch, n_pos)
+        self.run = Pass(positions, tokens, real, first=seen == 0)
 
     def end(self, *_: Any) -> None:
         if (silent := self.awaited - self.fired) and _replaying.get() is None:

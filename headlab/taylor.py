@@ -29,7 +29,7 @@ from .errors import HeadlabError
 from .families import Attention, weight_blocks
 from .gates import Fill, StandIn, check_site
 from .scores import HeadScores
-from .models import describe, evaluating, head_rows, inner, is_folded, rows
+from .models import describe, evaluating, head_rows, is_folded, rows
 from .sites import Pass, at_sites
 
 Reduction = Literal["token", "example", "batch", "signed"]
@@ -138,21 +138,17 @@ def _taylor(
     found = rows(model)
     if fill is not None:
         fill.check(model)
-    totals = [torch.zeros(len(row.heads), dtype=torch.float64) for row in found]
-    alive = [False] * len(found)  # whether any gradient of the row was not exactly zero
+    totals = [torch.zeros(()) for _ in found]  # stay on the device until the end: waiting for it once per row is slow
+    alive = [torch.zeros((), dtype=torch.bool) for _ in found]  # whether any gradient of the row was not exactly zero
     with evaluating(model):
         for number, batch in enumerate(tqdm(data, desc="importance", unit="batch", disable=None)):
             gradients = _gradients(model, found, batch, loss, fill, number)
             for row, gradient in zip(found, gradients, strict=True):
-                if not row.slots:
-                    continue
-                alive[row.row] |= bool(gradient.any())
-                real = real_tokens(batch, row.stack)
-                if real.shape == gradient.shape[:2]:
-                    gradient = gradient * real[..., None]
-                totals[row.row] += _reduce(gradient[..., row.places].double(), reduction).cpu()
+                alive[row.row] = alive[row.row].to(gradient.device) | gradient.any()
+                by_head = gradient if row.places == list(range(len(row.slots))) else gradient[..., row.places]
+                totals[row.row] = totals[row.row].to(gradient.device) + _reduce(by_head.double(), reduction)
     for row in found:
-        if row.slots and not alive[row.row] and _half(row):
+        if row.slots and not bool(alive[row.row]) and _half(row):
             raise HeadlabError(
                 f"every float16 gradient in {row.path} is exactly zero: they are too small for float16; use bfloat16 "
                 "(hl.load(..., dtype=torch.bfloat16)), or scale the loss up (loss=lambda m, b: 1024 * ...)"
@@ -162,7 +158,7 @@ def _taylor(
     for row, total in zip(found, totals, strict=True):
         by_tokens = denominator == "tokens" or (denominator == "published" and row.row != last[row.stack])
         n = sum(int(real_tokens(b, row.stack).sum()) for b in data) if by_tokens else count_examples(data)
-        values.append(total.numpy() / n)
+        values.append(total.cpu().numpy() / n)
     return values
 
 
@@ -186,28 +182,43 @@ def _reduce(gradient: Tensor, reduction: Reduction) -> Tensor:
 def _gradients(
     model: nn.Module, found: Sequence[Attention], batch: Batch, loss: Loss, fill: Fill | None, number: int
 ) -> list[Tensor]:
-    """dL/dxi of every example, position and slot, per row: [batch, pos, slot]."""
-    gates = [torch.zeros(1, 1, 0, device=inner(model).device) for _ in found]  # a row without heads has no gates
+    """dL/dxi of every example, position and slot, per row: [batch, pos, slot], zero at padding.
+
+    Where the loss runs the model several times, the passes follow one another along `pos`.
+    """
+    passes: list[list[tuple[Tensor, Tensor]]] = [[] for _ in found]  # gates, and which positions are real
     stand_in = None if fill is None else StandIn(fill)
 
     def gate(row: Attention, z: Tensor, run: Pass) -> Tensor:
         precise = torch.promote_types(z.dtype, torch.float32)
-        gates[row.row] = xi = torch.ones(z.shape[:3], dtype=precise, device=z.device, requires_grad=True)
+        xi = torch.ones(z.shape[:3], dtype=precise, device=z.device, requires_grad=True)
+        passes[row.row].append((xi, run.real))
         return _Gate.apply(z, xi, None if stand_in is None else stand_in(row, z, run))
 
     with torch.enable_grad(), at_sites(model, gate):
         losses = check_losses(loss(model, batch), batch)
         if not bool(losses.isfinite().all()):
             raise HeadlabError(f"the loss of batch {number} is NaN or infinite; {_first_broken(model, batch, loss)}")
-        leaves = [xi for xi in gates if xi.requires_grad]
+        leaves = [xi for of_row in passes for xi, _ in of_row]
+        if not leaves:
+            return [torch.zeros(1, 1, 0) for _ in found]  # no heads are left in the whole model
+        if not losses.requires_grad:
+            raise HeadlabError("the loss has no gradient: it must follow from the model's output, not detached from it")
         made = iter(torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True))
-    gradients = [next(made) if xi.requires_grad else xi for xi in gates]
+    gradients = []
+    for of_row in passes:
+        if len(sizes := {len(xi) for xi, _ in of_row}) > 1:
+            raise HeadlabError(f"the loss runs the model on batches of different sizes, {sorted(sizes)}: make them one")
+        parts = [next(made).masked_fill(~real[..., None], 0) for _, real in of_row]
+        gradients.append(torch.cat(parts, 1) if parts else torch.zeros(1, 1, 0))
+    if bool(torch.stack([gradient.isfinite().all().to(losses.device) for gradient in gradients]).all()):
+        return gradients
     for row, gradient in zip(reversed(found), reversed(gradients), strict=True):  # as the backward pass went
         if not bool(gradient.isfinite().all()):
             slot = int((~gradient.isfinite()).any(0).any(0).nonzero()[0])
             head = dict(zip(row.places, row.heads, strict=True)).get(slot)
             raise HeadlabError(f"NaN or infinity in batch {number}: the gradient at head {head} was the first to be so")
-    return gradients
+    raise AssertionError("unreachable: some gradient is not finite")
 
 
 def _first_broken(model: nn.Module, batch: Batch, loss: Loss) -> str:

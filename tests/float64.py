@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from . import zoo
 
@@ -27,7 +27,7 @@ def loss64(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     labels = batch.get("labels", batch["input_ids"])
     logits = model(**{name: value for name, value in batch.items() if name != "labels" or labels.ndim == 2}).logits
     if labels.ndim == 1:
-        return torch.stack([F.cross_entropy(row, label) for row, label in zip(logits, labels, strict=True)])
+        return torch.stack([cross_entropy(row, label) for row, label in zip(logits, labels, strict=True)])
     causal = "labels" not in batch
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     means = []

@@ -20,7 +20,9 @@ RECORD = {"method": "taylor", "model": {"class": "Llama", "name": None, "fingerp
 
 def grouped(rows: list[list[float]], per_group: int, **more: object) -> HeadScores:
     """Scores with labels in which `per_group` neighbours share a key-value head."""
-    heads = tuple(tuple(Head(r, r, i, group=i // per_group, d_head=7) for i in range(len(row))) for r, row in enumerate(rows))
+    heads = tuple(
+        tuple(Head(r, r, i, group=i // per_group, d_head=7) for i in range(len(row))) for r, row in enumerate(rows)
+    )
     return HeadScores(tuple(np.array(row) for row in rows), heads, **more)
 
 
@@ -223,7 +225,9 @@ def test_at_least_counts_in_every_layer(rows: list[list[float]], share: float, a
 @given(rows=ROWS)
 def test_scores_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, rows: list[list[float]]) -> None:
     path = tmp_path_factory.mktemp("scores") / "scores.json"
-    scores = grouped(rows, 2, columns={"p": tuple(np.sqrt(np.abs(row)) / 3 for row in map(np.array, rows))}, record=RECORD)
+    scores = grouped(
+        rows, 2, columns={"p": tuple(np.sqrt(np.abs(row)) / 3 for row in map(np.array, rows))}, record=RECORD
+    )
     scores.save(path)
     for back in (HeadScores.load(path), Result.load(path)):
         assert isinstance(back, HeadScores)
@@ -248,7 +252,9 @@ def test_check_names_both_shapes_and_both_models() -> None:
     scores.check(model_heads)
     scores.check(model_heads, "0123456789ab")
     HeadScores(scores.rows).check(model_heads, "ffffffffffff")
-    with pytest.raises(HeadlabError, match=r"Llama, fingerprint 0123456789ab; this one is ffffffffffff.*HeadScores\(x.rows\)"):
+    with pytest.raises(
+        HeadlabError, match=r"Llama, fingerprint 0123456789ab; this one is ffffffffffff.*HeadScores\(x.rows\)"
+    ):
         scores.check(model_heads, "ffffffffffff")
     with pytest.raises(HeadlabError, match="HeadMask has rows of 2 x 3 heads, but the model has 2 x 2"):
         HeadMask(([1, 1, 1], [1, 1, 1])).check(model_heads)

@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as hf
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -146,7 +143,7 @@ def test_gradients_against_finite_differences_of_gates(name: str, kind: str | No
     options = {"mean": {}, "mean per position": {"per_position": True}, "resample": {"kind": "resample"}}
     fill = None if kind is None else hl.fill(model, [batch], **options[kind])
     rows = head_rows(model)
-    step = 1e-4
+    step = 1e-6  # T5's relu has kinks
     expected: Rows = []
     for row in range(len(rows)):
         per_head = []
@@ -160,9 +157,9 @@ def test_gradients_against_finite_differences_of_gates(name: str, kind: str | No
             per_head.append((sides[0] - sides[1]).numpy() / (2 * step))
         expected.append(np.array(per_head).T)  # [example, head]
     signed = hl.importance(model, [batch], reduction="signed", loss=loss64, fill=fill)
-    close(signed.values, [-row.mean(0) for row in expected], rtol=1e-7)
+    close(signed.values, [-row.mean(0) for row in expected], rtol=1e-6)
     by_example = hl.importance(model, [batch], reduction="example", loss=loss64, fill=fill)
-    close(by_example.values, [abs(row).mean(0) for row in expected], rtol=1e-7)
+    close(by_example.values, [abs(row).mean(0) for row in expected], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", zoo.MHA_GQA_MQA)
@@ -171,9 +168,7 @@ def test_signed_predicts_what_removal_costs(name: str) -> None:
     fill = hl.fill(model, batches)
     signed = hl.importance(model, batches, reduction="signed", fill=fill)
     exact = hl.ablation(model, batches, fill=fill)
-    assert spearmanr(signed.flat, exact.columns["change"][0].tolist() + [
-        x for row in exact.columns["change"][1:] for x in row
-    ]).statistic > 0.5  # fmt: skip
+    assert spearmanr(signed.flat, exact.flat).statistic > 0.5
 
 
 def test_normalize() -> None:
@@ -184,20 +179,23 @@ def test_normalize() -> None:
     close(hl.importance(model, [batch], normalize="minmax").values, [(r - low) / (high - low) for r in raw])
 
 
-@pytest.mark.parametrize("name", [*zoo.MHA_GQA_MQA, "gpt2", "bert-mlm", "bert-classifier", "t5"])
-@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(n=st.integers(1, 5), left=st.booleans(), garbage=st.integers(3, zoo.VOCAB - 1), reduction=st.sampled_from(REDUCTIONS))
-def test_padding_never_counts(name: str, n: int, left: bool, garbage: int, reduction: str) -> None:
-    model, batch = zoo.build(name).double(), zoo.batch_for(name, padded=False)
+PADDED_LEFT = [*zoo.MHA_GQA_MQA, "gpt2", "bert-mlm", "t5"]  # a classifier reads its answer off the first position
+
+
+@pytest.mark.parametrize(("name", "left"), [(n, True) for n in PADDED_LEFT] + [(n, False) for n in zoo.WITH_LOSS])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_padding_never_counts(name: str, left: bool, reduction: str) -> None:
+    model, batch = build64(name), zoo.batch_for(name, padded=False)
     padded = dict(batch)
-    for key, value in (("input_ids", garbage), ("attention_mask", 0), ("labels", -100)):
+    for key, garbage in (("input_ids", torch.randint(3, zoo.VOCAB, (4, 3))), ("attention_mask", 0), ("labels", -100)):
         if key in batch and batch[key].ndim == 2:
-            columns = torch.full((zoo.BATCH, n), value)
-            padded[key] = torch.cat([columns, batch[key]] if left else [batch[key], columns], 1)
+            columns = torch.zeros(4, 3, dtype=torch.long) + garbage
+            before = left and not (name == "t5" and key == "labels")
+            padded[key] = torch.cat([columns, batch[key]] if before else [batch[key], columns], 1)
     if left and name != "t5":  # whoever pads on the left says where positions start
         padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    one, other = (hl.importance(model, [b], reduction=reduction, denominator="tokens") for b in (batch, padded))
-    close(one.values, other.values, rtol=1e-6)
+    options = {"reduction": reduction, "denominator": "tokens", "loss": loss64}
+    close(hl.importance(model, [padded], **options).values, hl.importance(model, [batch], **options).values, rtol=1e-10)
 
 
 def test_how_batches_are_cut_does_not_matter() -> None:
@@ -259,53 +257,6 @@ def test_a_loss_of_ones_own_may_run_the_model_more_than_once() -> None:
     close(hl.importance(model, [first], loss=both).values, [row / zoo.BATCH for row in totals])
 
 
-def test_random_follows_its_seed() -> None:
-    model = zoo.build("llama-gqa")
-    one, again, other = (hl.importance(model, method="random", seed=seed) for seed in (3, 3, 4))
-    assert one.flat.tolist() == again.flat.tolist() != other.flat.tolist()
-    assert len(set(one.flat)) == len(hl.heads(model))
-
-
-def weights_of(name: str, model: nn.Module) -> list[list[list[Tensor]]]:
-    """The weights of every head, sliced by hand: [row][head] -> tensors."""
-    w = {key: value.detach() for key, value in model.named_parameters()}
-    found = []
-    for layer in range(zoo.LAYERS):
-        if name == "gpt2":
-            joined, out = w[f"transformer.h.{layer}.attn.c_attn.weight"], w[f"transformer.h.{layer}.attn.c_proj.weight"]
-            cut = [[joined[:, 35 * p + 7 * h : 35 * p + 7 * h + 7] for p in range(3)] for h in range(5)]
-            found.append([[*qkv, out[7 * h : 7 * h + 7]] for h, qkv in enumerate(cut)])
-        elif name == "neox":
-            stem = f"gpt_neox.layers.{layer}.attention"
-            joined, out = w[f"{stem}.query_key_value.weight"], w[f"{stem}.dense.weight"]
-            found.append([[joined[24 * h : 24 * h + 24], out[:, 8 * h : 8 * h + 8]] for h in range(5)])
-        elif name == "llama-gqa":
-            q, k, v, o = (w[f"model.layers.{layer}.self_attn.{p}_proj.weight"] for p in "qkvo")
-            own, kv = [slice(10 * h, 10 * h + 10) for h in range(6)], [slice(10 * g, 10 * g + 10) for g in range(3)]
-            found.append([[q[own[h]], k[kv[h // 2]], v[kv[h // 2]], o[:, own[h]]] for h in range(6)])
-        elif name == "bert":
-            stem = f"encoder.layer.{layer}.attention"
-            qkv = [w[f"{stem}.self.{p}.weight"] for p in ("query", "key", "value")]
-            own = [slice(7 * h, 7 * h + 7) for h in range(5)]
-            found.append([[*(p[s] for p in qkv), w[f"{stem}.output.dense.weight"][:, s]] for s in own])
-    if name == "t5":
-        stems = [f"encoder.block.{i}.layer.0.SelfAttention" for i in range(3)]
-        stems += [f"decoder.block.{i}.layer.0.SelfAttention" for i in range(2)]
-        stems += [f"decoder.block.{i}.layer.1.EncDecAttention" for i in range(2)]
-        own = [slice(7 * h, 7 * h + 7) for h in range(5)]
-        found = [[[*(w[f"{s}.{p}.weight"][h] for p in "qkv"), w[f"{s}.o.weight"][:, h]] for h in own] for s in stems]
-    return found
-
-
-@pytest.mark.parametrize("name", ["gpt2", "neox", "llama-gqa", "bert", "t5"])
-def test_magnitude_is_the_norm_of_a_heads_weights(name: str) -> None:
-    model = zoo.build(name)
-    expected = [
-        [np.sqrt(sum((t.double() ** 2).sum().item() for t in head)) for head in row] for row in weights_of(name, model)
-    ]
-    close(hl.importance(model, method="magnitude").values, expected)
-
-
 def test_bad_options() -> None:
     model, batch = zoo.build("llama-gqa"), zoo.batch_for("llama-gqa")
     with pytest.raises(hl.HeadlabError, match=r"one number per example, a tensor of shape \(4,\), not \(\)"):
@@ -320,3 +271,5 @@ def test_bad_options() -> None:
     other = hl.fill(zoo.build("llama-gqa", seed=1), [batch])
     with pytest.raises(hl.HeadlabError, match="another model"):
         hl.importance(model, [batch], fill=other)
+    with pytest.raises(hl.HeadlabError, match="detached"):
+        hl.importance(model, [batch], loss=lambda m, b: hl.own_loss(m, b).detach())

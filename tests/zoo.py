@@ -48,7 +48,9 @@ ZOO: dict[str, Callable[[], hf.PreTrainedModel]] = {
     ),
     "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_LLAMA, num_key_value_heads=3, **_MIXED)),
     "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_LLAMA, num_key_value_heads=1, **_MIXED)),
-    "granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**_LLAMA, num_key_value_heads=3)),
+    "granite": lambda: hf.GraniteForCausalLM(
+        hf.GraniteConfig(**_LLAMA, num_key_value_heads=3, attention_multiplier=10**-0.5)  # by default 1: too steep
+    ),
     "bert": lambda: hf.BertModel(hf.BertConfig(**_BERT)),
     "bert-mlm": lambda: hf.BertForMaskedLM(hf.BertConfig(**_BERT)),
     "bert-classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_BERT, num_labels=3)),

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+import headlab as hl
+from headlab import cli
+
+from . import zoo
+from .words import WORDS, save_with_tokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = ["--examples", "5", "--length", "7", "--batch-size", "3"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process: exit status, stdout, stderr without progress bars."""
+    monkeypatch.setenv("TERM", "dumb")
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["headlab", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        said = capsys.readouterr()
+        return int(stop.value.code or 0), said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def failing(run: Run) -> Callable[..., str]:
+    """Run a command that must fail, with one line on stderr and no traceback."""
+
+    def call(*words: object) -> str:
+        status, _, err = run(*words)
+        assert status != 0
+        assert err.startswith("headlab: ")
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
+        return err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_with_tokenizer(zoo.build("llama-gqa"), tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(WORDS[(i * i) % len(WORDS)] for i in range(47)), encoding="utf-8")
+    return file
+
+
+def test_the_whole_path(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    common = ["--text", text, "--out", out, *SMALL]
+    assert run("score", model, *common)[0] == 0
+    assert run("ablate", model, *common)[0] == 0
+    for order in ("taylor", "ablation", "random"):
+        assert run("curve", model, *common, "--order", order, "--steps", 3)[0] == 0
+    assert run("curve", model, *common, "--reestimate", "--unit", "group", "--steps", 3)[0] == 0
+    status, said, _ = run("prune", model, "--out", out, "--keep", 0.5, "--order", "ablation")
+    assert status == 0
+    assert "9 of 18 heads removed" in said
+    assert run("time", model, "--out", out, "--sizes", "1x3,2x5", "--repeats", 2)[0] == 0
+
+    loaded = hl.load(model)
+    batches = hl.read_batches(loaded, text, examples=5, length=7, batch_size=3)
+    scores = hl.importance(loaded, batches)
+    for mine, written in zip(scores.values, hl.HeadScores.load(out / "scores-taylor.json").values, strict=True):
+        assert mine.tolist() == written.tolist()
+    exact = hl.ablation(loaded, batches)
+    curve = hl.pruning_curve(loaded, exact, batches, (1 / 3, 2 / 3, 1.0))
+    assert curve.values.tolist() == hl.Curve.load(out / "curve-ablation.json").values.tolist()
+    small = hl.load(out / "pruned")
+    mask = hl.HeadMask.load(out / "pruned-mask.json")
+    assert [str(h) for h in hl.heads(small)] == [str(h) for h in exact.keep(0.5).kept] == [str(h) for h in mask.kept]
+    with torch.inference_mode(), hl.masked(loaded, mask):
+        expected = loaded(**batches[0]).logits
+    assert torch.allclose(small(**batches[0]).logits, expected, atol=1e-5)
+    assert hf.AutoTokenizer.from_pretrained(out / "pruned")("w3")["input_ids"] == [8]
+    pages = {file.stem for file in out.glob("*.html")}
+    assert pages == {"scores-taylor", "scores-ablation", "taylor-against-ablation", "curves", "timing"}
+    assert (out / "curve-reestimated-group.csv").read_text().count("\n") == 5
+
+
+def test_means_are_measured_once_and_fold_into_the_pruned_model(
+    run: Run, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results"
+    assert run("score", model, "-t", text, "-o", out, *SMALL, "--fill", "mean")[0] == 0
+    measured = (out / "fill-mean.safetensors").read_bytes()
+    assert run("curve", model, "-t", text, "-o", out, *SMALL, "--fill", "mean", "--steps", 2)[0] == 0
+    assert (out / "fill-mean.safetensors").read_bytes() == measured
+    assert run("prune", model, "-o", out, "--keep", 0.4, "--fill", "mean", "--gqa", "ungroup")[0] == 0
+    loaded, small = hl.load(model), hl.load(out / "pruned")
+    mask, fill = hl.HeadMask.load(out / "pruned-mask.json"), hl.Fill.load(out / "fill-mean.safetensors")
+    ids = torch.arange(3, 10)[None]
+    with torch.inference_mode(), hl.masked(loaded, mask, fill):
+        expected = loaded(ids).logits
+    assert torch.allclose(small(ids).logits, expected, atol=1e-5)
+
+
+def test_the_same_command_again_changes_nothing(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    for _ in range(2):
+        assert run("ablate", model, "-t", text, "-o", out, *SMALL)[0] == 0
+        assert run("curve", model, "-t", text, "-o", out, *SMALL, "--order", "random", "--steps", 2)[0] == 0
+    before = {file.name: file.read_bytes() for file in out.glob("*.json*")}
+    assert run("ablate", model, "-t", text, "-o", out, *SMALL)[0] == 0
+    assert {file.name: file.read_bytes() for file in out.glob("*.json*")} == before
+
+
+def test_a_killed_run_goes_on_to_the_same_file(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    command = ["curve", model, "-t", text, *SMALL, "--order", "random", "--steps", 4]
+    assert run(*command, "-o", tmp_path / "whole")[0] == 0
+    log = (tmp_path / "whole" / "curve-random.log.jsonl").read_bytes()
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "curve-random.log.jsonl").write_bytes(log[: len(log) * 2 // 3])
+    assert run(*command, "-o", tmp_path / "killed")[0] == 0
+    for name in ("curve-random.log.jsonl", "curve-random.json", "curve-random.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_other_results_are_never_replaced(
+    run: Run, failing: Callable[..., str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results"
+    assert run("score", model, "-t", text, "-o", out, *SMALL)[0] == 0
+    assert run("ablate", model, "-t", text, "-o", out, *SMALL)[0] == 0
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    other = ["-t", text, "-o", out, "--examples", 3, "--length", 7]
+    assert "holds another result" in failing("score", model, *other)
+    assert "begun for another computation (it differs in: data)" in failing("ablate", model, *other)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    (out / "pruned").mkdir()
+    (out / "pruned" / "mine.txt").write_text("precious")
+    assert "already holds something" in failing("prune", model, "-o", out)
+    assert (out / "pruned" / "mine.txt").read_text() == "precious"
+
+
+def test_every_mistake_is_one_line(failing: Callable[..., str], model: Path, text: Path, tmp_path: Path) -> None:
+    out = ["-o", tmp_path / "results"]
+    assert "cannot open the model" in failing("score", tmp_path / "nothing", "-t", text, *out)
+    assert "cannot read the text file" in failing("score", model, "-t", tmp_path / "nothing.txt", *out)
+    assert "this method needs a text" in failing("score", model, *out)
+    assert "run headlab score with the same --out first" in failing("prune", model, *out)
+    assert "run headlab ablate" in failing("curve", model, "-t", text, *out, *SMALL, "--order", "ablation")
+    long = tmp_path / "long.txt"
+    long.write_text(text.read_text() + " " + text.read_text(), encoding="utf-8")
+    assert "the model's context is 61" in failing("score", model, "-t", long, *out, "--length", 67)
+    assert "fewer than one example of 999" in failing("score", model, "-t", text, *out, "--length", 999)
+    assert "fractions are between 0 and 1" in failing(
+        "curve", model, "-t", text, *out, *SMALL, "--order", "random", "--until", 1.5
+    )
+    assert "the share to keep is between 0 and 1" in failing("prune", model, *out, "--order", "random", "--keep", 1.5)
+    assert "sizes are examples x tokens" in failing("time", model, *out, "--sizes", "1x2x3")
+    assert "Invalid value for '--dtype'" in failing("score", model, "-t", text, *out, "--dtype", "int")
+    assert "Missing argument" in failing("score")
+    assert "No such command" in failing("frobnicate")
+    assert "Invalid value" in failing("score", model, "-t", text, *out, "--reduction", "median")
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in failing("score", model, "-t", text, *out, "--device", "cuda")
+
+
+def test_scores_of_another_model_are_refused(
+    run: Run, failing: Callable[..., str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results"
+    other = save_with_tokenizer(zoo.build("llama-gqa", seed=1), tmp_path / "other")
+    assert run("score", model, "-t", text, "-o", out, *SMALL)[0] == 0
+    assert "made for another model" in failing("prune", other, "-o", out)
+    assert "made for another model" in failing("curve", other, "-t", text, "-o", out, *SMALL)
+
+
+def test_a_full_disk_is_one_line(
+    failing: Callable[..., str], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert "No space left on device" in failing("ablate", model, "-t", text, "-o", tmp_path / "results", *SMALL)
+
+
+def test_ctrl_c_says_how_to_go_on(
+    run: Run, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("headlab.exact.ablation", stop)
+    status, _, err = run("ablate", model, "-t", text, "-o", tmp_path / "results", *SMALL)
+    assert status == 130
+    assert err == "headlab: stopped; run the same command again to go on\n"
+
+
+def test_demo_in_its_quick_form(run: Run, tmp_path: Path) -> None:
+    status, said, _ = run("demo", "--quick", "--out", tmp_path / "demo")
+    assert status == 0
+    assert "A model that really is smaller" in said
+    assert json.loads((tmp_path / "demo" / "mask.json").read_text())["kind"] == "mask"
+
+
+def test_help_needs_none_of_the_heavy_libraries() -> None:
+    code = (
+        "import sys; sys.argv = ['headlab', '--help']\n"
+        "from headlab import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'transformer_lens', 'plotly', 'pandas', 'scipy', 'numpy'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "Commands" in said
+    assert "heavy: []" in said

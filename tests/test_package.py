@@ -1,0 +1,153 @@
+"""What holds for the package as a whole: what it imports and when, and who may know whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import headlab as hl
+
+FOLDER = Path(hl.__file__).parent
+FILES = sorted(path for path in FOLDER.rglob("*.py") if path.name != "__init__.py")
+HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "pandas", "scipy", "sklearn"}
+LAYERS = [
+    {"errors"}, {"results"}, {"scores"}, {"families"}, {"pruned"}, {"models"}, {"batches"}, {"texts"}, {"sites"}, {"gates"},
+    {"taylor", "exact"}, {"curves"}, {"surgery", "speed"}, {"plots"}, {"demo"}, {"cli"},
+]  # fmt: skip
+LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every module that a file imports, with whether this happens when the file itself is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    later = {
+        id(inside)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or _is_for_types(node)
+        for inside in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = f"headlab.{node.module or ''}".rstrip(".") if node.level else node.module or ""
+            found = [f"{module}.{alias.name}" for alias in node.names] if module == "headlab" else [module]
+        else:
+            continue
+        yield from ((name, id(node) not in later) for name in found)
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def own(path: Path) -> set[str]:
+    return {name.split(".")[1] for name, _ in imports(path) if name.startswith("headlab.")}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The heavy packages that a fresh interpreter has in memory after a statement."""
+    code = f"import sys; {statement}; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=FOLDER.parent)
+    return HEAVY & set(output.stdout.split())
+
+
+def test_importing_headlab_is_light() -> None:
+    assert loaded_by("import headlab; dir(headlab); headlab.__version__") == set()
+
+
+def test_scores_and_masks_need_no_model() -> None:
+    assert (
+        loaded_by("import headlab; headlab.HeadScores([[1, 2]]).keep(1); headlab.HeadlabError; headlab.Result") == set()
+    )
+
+
+def test_the_command_line_starts_light() -> None:
+    assert loaded_by("import headlab.cli") == set()
+
+
+def test_transformer_lens_and_plotly_load_only_when_used() -> None:
+    loaded = loaded_by("import headlab; headlab.heads; headlab.masked; headlab.prune; headlab.timing")
+    assert not loaded & {"transformer_lens", "plotly", "pandas"}
+    assert loaded >= {"torch", "transformers"}
+
+
+def test_every_public_name_is_there() -> None:
+    assert len(set(hl.__all__)) == len(hl.__all__)
+    for name in hl.__all__:
+        assert getattr(hl, name) is not None
+        assert name in dir(hl)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        hl.nonsense  # noqa: B018
+
+
+def test_types_see_the_same_names() -> None:
+    tree = ast.parse((FOLDER / "__init__.py").read_text(encoding="utf-8"))
+    [block] = [node for node in tree.body if _is_for_types(node)]
+    typed = {alias.name: node.module for node in block.body for alias in node.names}
+    homes = {name: module for module, names in hl._HOME.items() for name in names} | {"plots": None}
+    assert typed == homes
+    assert set(typed) == set(hl.__all__)
+
+
+def test_no_module_hides_something_public() -> None:
+    modules = {path.stem for path in FILES} | {path.name for path in FOLDER.iterdir() if path.is_dir()}
+    assert modules & set(hl.__all__) == {"plots"}
+    assert Path(hl.plots.__file__).stem == "plots"
+
+
+def test_every_module_has_its_layer() -> None:
+    assert {path.stem for path in FILES} == set(LAYER_OF)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_imports_go_one_way(path: Path) -> None:
+    assert {name for name in own(path) if LAYER_OF[name] >= LAYER_OF[path.stem]} == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_who_may_import_what(path: Path) -> None:
+    packages = {name.split(".")[0] for name, _ in imports(path)}
+    if path.stem != "plots":
+        assert "plotly" not in packages
+    if path.stem not in ("demo", "cli"):
+        assert "plots" not in own(path)
+    if path.stem != "models":
+        assert not any(name.startswith("transformer_lens.model_bridge") for name, _ in imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_is_imported_late(path: Path) -> None:
+    early = {name.split(".")[0] for name, now in imports(path) if now}
+    assert not early & {"transformer_lens", "pandas", "scipy", "sklearn"}
+    late = {name.split(".")[1] for name, now in imports(path) if not now and name.startswith("headlab.")}
+    if path.stem == "models":
+        assert late == {"pruned"}
+    elif path.stem not in ("cli", "plots"):
+        assert late == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_nothing_is_pickled_or_unpickled(path: Path) -> None:
+    packages = {name.split(".")[0] for name, _ in imports(path)}
+    assert not packages & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called, options = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert called not in ("torch.save", "np.save", "eval", "exec")
+            assert called != "torch.load" or options.get("weights_only") == "True"
+            assert options.get("allow_pickle", "False") == "False"
+            assert options.get("trust_remote_code", "False") == "False"
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == hl.__version__
+    assert project["scripts"] == {"headlab": "headlab.cli:main"}
+    assert (FOLDER / "py.typed").is_file()
