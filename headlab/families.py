@@ -204,7 +204,7 @@ def _layout(module: nn.Module, family: Family, path: str) -> tuple[Groups, int]:
     if (groups := getattr(core, "headlab_groups", None)) is not None:
         return groups, d_head
     if family.joined and getattr(core, "is_cross_attention", False):
-        raise HeadlabError(f"{path} is cross-attention, whose queries do not share a projection as headlab expects; {_HOW}")
+        raise HeadlabError(f"{path} is cross-attention, whose queries have a projection of their own; {_HOW}")
     n_slots = width_in(bare(child(module, family.o))) // d_head
     n_kv = n_slots if family.joined == "heads" else width_out(bare(child(module, family.v))) // d_head
     if family.joined == "blocks":

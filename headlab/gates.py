@@ -283,7 +283,9 @@ def _resample(
     return Fill("resample", values, lengths, tuple(torch.tensor(row, dtype=torch.long) for row in keys), record)
 
 
-def _run(model: nn.Module, data: list[dict[str, Tensor]], edit: Callable[[Attention, Tensor, Pass, Tensor], None]) -> None:
+def _run(
+    model: nn.Module, data: list[dict[str, Tensor]], edit: Callable[[Attention, Tensor, Pass, Tensor], None]
+) -> None:
     """Forward passes over the data, for what `edit(row, z, run, real)` sees; `real` knows the labels' padding too."""
     batch: dict[str, Tensor] = {}
 

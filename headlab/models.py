@@ -91,7 +91,7 @@ def _class_of(config: Any) -> Any:
     if hasattr(transformers, name):
         return getattr(transformers, name)
     if getattr(config, "auto_map", None):
-        raise HeadlabError(f"cannot open {config._name_or_path!r}: {name} is code in the checkpoint, which headlab never runs")
+        raise HeadlabError(f"cannot open {config._name_or_path!r}: {name} is code of its own, which headlab never runs")
     return transformers.AutoModelForCausalLM if name.endswith(("ForCausalLM", "LMHeadModel")) else transformers.AutoModel
 
 
@@ -217,7 +217,7 @@ def tokenizer(model: nn.Module) -> PreTrainedTokenizerBase | None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Twelve hex digits that tell models apart by their attention weights, in float32 as in bfloat16, bridged or not."""
+    """Twelve hex digits that tell models apart by their attention weights, in float32 as in bfloat16, plain or bridged."""
     digest = hashlib.sha256()
     for row in rows(model):
         digest.update(f"{row.family.name} {row.stack} {row.groups}".encode())

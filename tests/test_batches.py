@@ -114,9 +114,9 @@ def test_strings_are_padded_on_the_right(with_tokenizer: hf.PreTrainedModel) -> 
     assert first["attention_mask"][:2].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert first["input_ids"].shape == (8, 3)
     assert second["input_ids"].tolist() == [[8, 4]]
-    with pytest.raises(hl.HeadlabError, match="without a single real token|empty"):
+    with pytest.raises(hl.HeadlabError, match="without a single real token"):
         prepare(with_tokenizer, ["a", ""])
-    with pytest.raises(hl.HeadlabError, match="without a single real token|empty"):
+    with pytest.raises(hl.HeadlabError, match="is empty"):
         prepare(with_tokenizer, [""])
     with pytest.raises(hl.HeadlabError, match="62 tokens long"):
         prepare(with_tokenizer, ["a " * 62])
@@ -212,11 +212,15 @@ def test_own_loss_with_padding_on_the_left_and_with_labels(name: str) -> None:
 TASKS = {
     "regression": (hf.BertForSequenceClassification, 1, {"labels": torch.tensor([0.5, -1.0, 2.0, 0.0])}),
     "regression of two": (hf.BertForSequenceClassification, 2, {"labels": torch.randn(4, 2)}),
-    "several answers": (hf.BertForSequenceClassification, 3, {"labels": torch.tensor([[1.0, 0, 1]] * 3 + [[0.0, 0, 1]])}),
+    "several answers": (hf.BertForSequenceClassification, 3, {"labels": torch.tensor([[1.0, 0, 1], [0, 0, 1]] * 2)}),
     "one answer": (hf.BertForSequenceClassification, 3, {"labels": torch.tensor([2, 0, 1, 2])}),
-    "tokens": (hf.BertForTokenClassification, 3, {"labels": torch.randint(3, (4, 7)).masked_fill(torch.eye(4, 7) > 0, -100)}),
+    "tokens": (
+        hf.BertForTokenClassification, 3,
+        {"labels": torch.tensor([[2, 0, 1, 1, 2, 0, -100], [-100] * 6 + [1]] * 2)},
+    ),
     "question": (
-        hf.BertForQuestionAnswering, 2, {"start_positions": torch.tensor([0, 1, 2, 6]), "end_positions": torch.tensor([3, 1, 3, 6])},
+        hf.BertForQuestionAnswering, 2,
+        {"start_positions": torch.tensor([0, 1, 2, 6]), "end_positions": torch.tensor([3, 1, 3, 6])},
     ),
     "decoder": (hf.LlamaForSequenceClassification, 3, {"labels": torch.tensor([2, 0, 1, 2])}),
 }  # fmt: skip
@@ -278,7 +282,8 @@ def test_fingerprints_of_data() -> None:
     assert len(base) == 12
     assert data_fingerprint([{name: BATCH[name].clone() for name in reversed(BATCH)}]) == base
     others = [
-        [], [BATCH, BATCH], [{"input_ids": IDS}], [BATCH | {"input_ids": IDS.int()}], [BATCH | {"input_ids": IDS.view(4, 3)}],
+        [], [BATCH, BATCH], [{"input_ids": IDS}], [BATCH | {"input_ids": IDS.int()}],
+        [BATCH | {"input_ids": IDS.view(4, 3)}],
         [{"tokens": IDS, "weight": BATCH["weight"]}], [BATCH | {"weight": -BATCH["weight"]}],
     ]  # fmt: skip
     assert len({base, *map(data_fingerprint, others)}) == 1 + len(others)

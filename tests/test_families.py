@@ -148,7 +148,7 @@ def test_blocks_pick_what_is_asked_for(joined: str | None, data: st.DataObject) 
             dict(zip(["q_proj", "k_proj", "v_proj"], wanted, strict=True)),
         )
     elif joined == "blocks":
-        content, expected = {"qkv": q + k + v}, {"qkv": sum(wanted, [])}
+        content, expected = {"qkv": q + k + v}, {"qkv": [block for part in wanted for block in part]}
     else:
         interleaved = [block for three in zip(q, k, v, strict=True) for block in three]
         content, expected = (

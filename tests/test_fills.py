@@ -47,7 +47,7 @@ def examples(model: nn.Module, data: list[dict[str, Tensor]]) -> list[list[Tenso
         seen: dict[int, Tensor] = {}
         with ExitStack() as hooks, torch.no_grad():
             for number, row in enumerate(rows):
-                at_site(model, row[0].site, lambda z, number=number: seen.update({number: z}), hooks)
+                at_site(model, row[0].site, lambda z, seen=seen, number=number: seen.update({number: z}), hooks)
             model(**{key: value for key, value in batch.items() if key != "labels" or model.config.is_encoder_decoder})
         for number, row in enumerate(rows):
             encoder = row[0].stack in ("", "enc")
@@ -226,9 +226,8 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     assert model.training
     assert model.config.to_dict() == config
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(
-        torch.equal(a, b) for a, b in zip(fill.values, hl.fill(model.eval(), [zoo.batch_for("bert-classifier")]).values)
-    )
+    again = hl.fill(model.eval(), [zoo.batch_for("bert-classifier")])
+    assert all(torch.equal(a, b) for a, b in zip(fill.values, again.values, strict=True))
     with hl.masked(model, torch.zeros(15), fill):
         model(**zoo.batch_for("bert-classifier")).loss.backward()
     assert model.classifier.weight.grad.any()

@@ -30,7 +30,7 @@ def random_gates(model: nn.Module, seed: int, low: float = 0, high: float = 1) -
     """Masks by default: about half of the heads, in every row some and in no row all."""
     draw = np.random.default_rng(seed)
     gates = [draw.permutation([low, high, *draw.choice([low, high], len(row) - 2)]) for row in head_rows(model)]
-    assert all(0 < sum(row) for row in gates)
+    assert all(row.any() for row in gates)
     return gates
 
 
@@ -134,9 +134,8 @@ def test_masks_nest(name: str) -> None:
 @pytest.mark.parametrize("name", zoo.ALL)
 def test_the_model_is_restored_after_an_error(name: str) -> None:
     model = zoo.build(name)
-    with pytest.raises(KeyError), hl.masked(model, random_gates(model, 1)):
-        logits(model, name)
-        raise KeyError
+    with pytest.raises(IndexError), hl.masked(model, random_gates(model, 1)):
+        logits(model, name, input_ids=torch.full((zoo.BATCH, zoo.POS), zoo.VOCAB))
     assert torch.equal(logits(model, name), logits(zoo.build(name), name))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
@@ -159,9 +158,10 @@ def test_a_bridge_gives_the_same_numbers(name: str) -> None:
     model = zoo.build(name)
     bridge, gates = hl.bridge(model), random_gates(model, 4, 0, 0.75)
     heads = [hl.heads(model)[i] for i in (0, 7, -1)]
-    with hl.masked(model, gates), hl.masked(bridge, gates):
-        with hl.capture(model, heads, "result") as plain, hl.capture(bridge, heads, "result") as bridged:
-            ours, theirs = logits(bridge, name), logits(model, name)
+    with hl.masked(model, gates), hl.capture(model, heads, "result") as plain:
+        theirs = logits(model, name)
+    with hl.masked(bridge, gates), hl.capture(bridge, heads, "result") as bridged:
+        ours = logits(bridge, name)
     assert torch.allclose(ours, theirs, atol=1e-5)
     for head in heads:
         assert torch.allclose(plain[head][0], bridged[head][0], atol=1e-5)

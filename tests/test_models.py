@@ -237,8 +237,12 @@ def test_fingerprints_tell_models_apart(name: str) -> None:
 def test_a_description_says_what_was_used() -> None:
     model = zoo.build("llama-gqa").bfloat16()
     assert models.describe(model) == {
-        "class": "LlamaForCausalLM", "name": None, "fingerprint": models.fingerprint(model), "dtype": "bfloat16", "weights": "raw",
-    }  # fmt: skip
+        "class": "LlamaForCausalLM",
+        "name": None,
+        "fingerprint": models.fingerprint(model),
+        "dtype": "bfloat16",
+        "weights": "raw",
+    }
 
 
 @pytest.mark.parametrize("fails", [False, True])

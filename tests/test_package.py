@@ -17,8 +17,8 @@ FOLDER = Path(hl.__file__).parent
 FILES = sorted(path for path in FOLDER.rglob("*.py") if path.name != "__init__.py")
 HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "pandas", "scipy", "sklearn"}
 LAYERS = [
-    {"errors"}, {"results"}, {"scores"}, {"families"}, {"pruned"}, {"models"}, {"batches"}, {"texts"}, {"sites"}, {"gates"},
-    {"taylor", "exact"}, {"curves"}, {"surgery", "speed"}, {"plots"}, {"demo"}, {"cli"},
+    {"errors"}, {"results"}, {"scores"}, {"families"}, {"pruned"}, {"models"}, {"batches"}, {"texts"}, {"sites"},
+    {"gates"}, {"taylor", "exact"}, {"curves"}, {"surgery", "speed"}, {"plots"}, {"demo"}, {"cli"},
 ]  # fmt: skip
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 

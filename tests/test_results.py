@@ -135,9 +135,13 @@ def test_building_takes_an_empty_folder_but_no_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
 def test_building_leaves_nothing_when_the_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
     expected = HeadlabError if error is OSError else error
-    with pytest.raises(expected), building(tmp_path / "model") as folder:
+
+    def fail(folder: Path) -> None:
         (folder / "half").write_text("1")
         raise error
+
+    with pytest.raises(expected), building(tmp_path / "model") as folder:
+        fail(folder)
     assert names(tmp_path) == []
 
 
@@ -259,7 +263,7 @@ def test_files_that_are_no_scores(tmp_path: Path, content: str | bytes | dict, m
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(HeadlabError, match="there is no file .*none.json"):
+    with pytest.raises(HeadlabError, match=r"there is no file .*none\.json"):
         Result.load(tmp_path / "none.json")
     with pytest.raises(HeadlabError, match="could not read"):
         Result.load(tmp_path)

@@ -99,13 +99,16 @@ def test_sites_of_a_bridge_fire_where_its_output_projection_is_never_called(name
 @pytest.mark.parametrize("name", ["gpt2", "bert-mlm", "t5"])
 def test_nested_edits_run_in_the_order_in_which_they_were_entered(name: str) -> None:
     for model in (zoo.build(name), hl.bridge(zoo.build(name))):
-        order: list[str] = []
+        seen: list[Tensor] = []
         first_row = rows(model)[:1]
-        with at_sites(model, lambda _, z, __: (order.append("first"), z + 1)[1], first_row):
-            with at_sites(model, lambda _, z, __: (order.append("second"), z * 2)[1], first_row):
-                with at_sites(model, lambda _, z, __: order.append("third"), first_row):
-                    twice = run(model, name)
-        assert order == ["first", "second", "third"]
+        with (
+            at_sites(model, lambda _, z, __, seen=seen: seen.append(z), first_row),
+            at_sites(model, lambda _, z, __: z + 1, first_row),
+            at_sites(model, lambda _, z, __: z * 2, first_row),
+            at_sites(model, lambda _, z, __, seen=seen: seen.append(z), first_row),
+        ):
+            twice = run(model, name)
+        assert torch.equal(seen[1], (seen[0] + 1) * 2)
         with at_sites(model, lambda _, z, __: (z + 1) * 2, first_row):
             assert torch.equal(run(model, name), twice)
         with at_sites(model, lambda _, z, __: z * 2 + 1, first_row):
@@ -120,9 +123,13 @@ def test_the_model_is_restored_after_an_error(name: str) -> None:
     def fail(*_: Any) -> None:
         raise KeyError("stop")
 
-    with pytest.raises(KeyError, match="stop"), at_sites(model, lambda _, z, __: z * 0), at_sites(model, fail):
-        assert is_hooked(model)
+    assert not is_hooked(model)
+    with at_sites(model, lambda _, z, __: z * 0), at_sites(model, fail), pytest.raises(KeyError, match="stop"):
         run(model, name)
+    with pytest.raises(KeyError, match="stop"), at_sites(model, fail):
+        run(model, name)
+    with at_sites(model, fail):
+        assert is_hooked(model)
     assert not is_hooked(model)
     assert hooks_of(model) == hooks
     assert torch.equal(run(model, name), before)

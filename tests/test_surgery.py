@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -113,6 +114,20 @@ def test_a_beam_search_sorts_the_cache_of_an_empty_layer_too(name: str) -> None:
     assert torch.equal(
         hl.prune(model, mask).generate(**prompt(name), max_new_tokens=6, num_beams=3, do_sample=False), tokens
     )
+
+
+def test_cross_attention_of_bert() -> None:
+    encoder, decoder = hf.BertConfig(**zoo._BERT), hf.BertConfig(**zoo._BERT, is_decoder=True, add_cross_attention=True)
+    model = hf.EncoderDecoderModel(hf.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.generation_config.update(decoder_start_token_id=1, bos_token_id=1, pad_token_id=0)
+    start = {key: value for key, value in zoo.batch_for("bert-mlm").items() if key != "labels"}
+    for gone in range(9):
+        mask = without_rows(model, gone)
+        with hl.masked(model, mask):
+            tokens, logits = generated(model, start)
+        same_generation(hl.prune(model, mask), tokens, logits, start)
 
 
 def attention_size(name: str, slots: int, groups: int) -> int:
