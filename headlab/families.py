@@ -116,7 +116,7 @@ class Attention:
 
 def bare(module: nn.Module) -> nn.Module:
     """A module without the TransformerLens component that may wrap it."""
-    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
+    while (inner := module._modules.get("_original_component")) is not None:
         module = inner
     return module
 
@@ -174,7 +174,7 @@ def _described(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, F
     """Attention modules below `module`, depth first; an undescribed one is an error."""
     inner = bare(module)
     name = type(inner).__name__
-    family = getattr(inner, "headlab_family", None) or _registry.get(name)
+    family = vars(inner).get("headlab_family") or _registry.get(name)
     if family is not None:
         yield path, module, family
         return

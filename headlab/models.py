@@ -243,15 +243,16 @@ def describe(model: nn.Module) -> dict[str, Any]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off and parameters frozen inside the block; both as before afterwards."""
     root = inner(model)
-    modes = [(module, module.training) for module in root.modules()]
+    training = [module for module in root.modules() if module.training]
     frozen = [parameter for parameter in root.parameters() if parameter.requires_grad]
-    root.eval()
+    for module in training:
+        module.training = False
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
         for parameter in frozen:
             parameter.requires_grad_(True)

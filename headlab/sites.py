@@ -77,7 +77,7 @@ def at_sites(model: nn.Module, edit: Edit, wanted: Sequence[Attention] | None = 
         hooks.callback(lambda: _hooked.update({root: _hooked[root] - 1}))
         for row in hooked:
             owner = _owner(root, row)
-            stack = owners.setdefault(owner, _Stack(owner))
+            stack = owners[owner] if owner in owners else owners.setdefault(owner, _Stack(owner))
             stack.awaited.add(row.path)
             hooks.callback(_hook_site(row, stack, edit).remove)
         for stack in owners.values():

@@ -5,7 +5,7 @@ I_h = E_x |dL(x)/dxi_h|, xi_h the gate of head h at 1 (Michel, Levy & Neubig 201
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -88,7 +88,7 @@ def importance(
     if batches is None:
         raise HeadlabError("method 'taylor' needs batches to take gradients on")
     data = prepare(model, batches)
-    values = _taylor(model, data, loss or own_loss, reduction, denominator, fill)
+    values = _taylor(model, rows(model), data, loss or own_loss, reduction, denominator, fill)
     if normalize == "layer":
         values = [row / (np.linalg.norm(row) + 1e-20) for row in values]
     elif normalize == "minmax":
@@ -124,41 +124,41 @@ class _Gate(torch.autograd.Function):
         z, stand_in = ctx.saved_tensors
         precise = torch.promote_types(z.dtype, torch.float32)
         step = z.to(precise) if stand_in is None else z.to(precise) - stand_in.to(precise)
-        return grad, torch.einsum("bphd,bphd->bph", step, grad.to(precise)), None
+        return grad, (step * grad.to(precise)).sum(-1), None
 
 
 def _taylor(
     model: nn.Module,
+    found: Sequence[Attention],
     data: list[dict[str, Tensor]],
     loss: Loss,
     reduction: Reduction,
     denominator: Denominator,
     fill: Fill | None,
 ) -> list[np.ndarray]:
-    found = rows(model)
     if fill is not None:
         fill.check(model)
-    totals = [torch.zeros(()) for _ in found]  # stay on the device until the end: waiting for it once per row is slow
-    alive = [torch.zeros((), dtype=torch.bool) for _ in found]  # whether any gradient of the row was not exactly zero
+    stacks = {stack: [row for row in found if row.stack == stack] for stack in dict.fromkeys(row.stack for row in found)}
+    totals: dict[str, Tensor] = {}  # per stack, [head]
+    alive: dict[str, Tensor] = {}  # whether any gradient of the head was not exactly zero
     with evaluating(model):
         for number, batch in enumerate(tqdm(data, desc="importance", unit="batch", disable=None)):
-            gradients = _gradients(model, found, batch, loss, fill, number)
-            for row, gradient in zip(found, gradients, strict=True):
-                alive[row.row] = alive[row.row].to(gradient.device) | gradient.any()
-                by_head = gradient if row.places == list(range(len(row.slots))) else gradient[..., row.places]
-                totals[row.row] = totals[row.row].to(gradient.device) + _reduce(by_head.double(), reduction)
-    for row in found:
-        if row.slots and not bool(alive[row.row]) and _half(row):
-            raise HeadlabError(
-                f"every float16 gradient in {row.path} is exactly zero: they are too small for float16; use bfloat16 "
-                "(hl.load(..., dtype=torch.bfloat16)), or scale the loss up (loss=lambda m, b: 1024 * ...)"
-            )
-    last = {row.stack: row.row for row in found}
-    values = []
-    for row, total in zip(found, totals, strict=True):
-        by_tokens = denominator == "tokens" or (denominator == "published" and row.row != last[row.stack])
-        n = sum(int(real_tokens(b, row.stack).sum()) for b in data) if by_tokens else count_examples(data)
-        values.append(total.cpu().numpy() / n)
+            for stack, gradient in _gradients(model, stacks, batch, loss, fill, number).items():
+                total, moved = _reduce(gradient.double(), reduction), (gradient != 0).flatten(0, 1).any(0)
+                totals[stack] = totals[stack] + total if stack in totals else total
+                alive[stack] = alive[stack] | moved if stack in alive else moved
+    values: list[np.ndarray] = []
+    for stack, members in stacks.items():
+        lengths = [len(row.heads) for row in members]
+        for row, total, moved in zip(members, totals[stack].cpu().split(lengths), alive[stack].cpu().split(lengths)):
+            if row.slots and not moved.any() and _half(row):
+                raise HeadlabError(
+                    f"every float16 gradient in {row.path} is exactly zero: they are too small for float16; use bfloat16 "
+                    "(hl.load(..., dtype=torch.bfloat16)), or scale the loss up (loss=lambda m, b: 1024 * ...)"
+                )
+            by_tokens = denominator == "tokens" or (denominator == "published" and row is not members[-1])
+            n = sum(int(real_tokens(b, stack).sum()) for b in data) if by_tokens else count_examples(data)
+            values.append(total.numpy() / n)
     return values
 
 
@@ -180,12 +180,18 @@ def _reduce(gradient: Tensor, reduction: Reduction) -> Tensor:
 
 
 def _gradients(
-    model: nn.Module, found: Sequence[Attention], batch: Batch, loss: Loss, fill: Fill | None, number: int
-) -> list[Tensor]:
-    """dL/dxi of every example, position and slot, per row: [batch, pos, slot], zero at padding.
+    model: nn.Module,
+    stacks: Mapping[str, Sequence[Attention]],
+    batch: Batch,
+    loss: Loss,
+    fill: Fill | None,
+    number: int,
+) -> dict[str, Tensor]:
+    """dL/dxi of every example, position and head of a stack, [batch, pos, head], zero at padding.
 
     Where the loss runs the model several times, the passes follow one another along `pos`.
     """
+    found = [row for members in stacks.values() for row in members]
     passes: list[list[tuple[Tensor, Tensor]]] = [[] for _ in found]  # gates, and which positions are real
     stand_in = None if fill is None else StandIn(fill)
 
@@ -195,30 +201,42 @@ def _gradients(
         passes[row.row].append((xi, run.real))
         return _Gate.apply(z, xi, None if stand_in is None else stand_in(row, z, run))
 
-    with torch.enable_grad(), at_sites(model, gate):
+    with torch.enable_grad(), at_sites(model, gate, found):
         losses = check_losses(loss(model, batch), batch)
         if not bool(losses.isfinite().all()):
             raise HeadlabError(f"the loss of batch {number} is NaN or infinite; {_first_broken(model, batch, loss)}")
         leaves = [xi for of_row in passes for xi, _ in of_row]
-        if not leaves:
-            return [torch.zeros(1, 1, 0) for _ in found]  # no heads are left in the whole model
-        if not losses.requires_grad:
+        if leaves and not losses.requires_grad:
             raise HeadlabError("the loss has no gradient: it must follow from the model's output, not detached from it")
-        made = iter(torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True))
-    gradients = []
-    for of_row in passes:
-        if len(sizes := {len(xi) for xi, _ in of_row}) > 1:
-            raise HeadlabError(f"the loss runs the model on batches of different sizes, {sorted(sizes)}: make them one")
-        parts = [next(made).masked_fill(~real[..., None], 0) for _, real in of_row]
-        gradients.append(torch.cat(parts, 1) if parts else torch.zeros(1, 1, 0))
-    if bool(torch.stack([gradient.isfinite().all().to(losses.device) for gradient in gradients]).all()):
-        return gradients
-    for row, gradient in zip(reversed(found), reversed(gradients), strict=True):  # as the backward pass went
-        if not bool(gradient.isfinite().all()):
-            slot = int((~gradient.isfinite()).any(0).any(0).nonzero()[0])
-            head = dict(zip(row.places, row.heads, strict=True)).get(slot)
-            raise HeadlabError(f"NaN or infinity in batch {number}: the gradient at head {head} was the first to be so")
-    raise AssertionError("unreachable: some gradient is not finite")
+        made = iter(torch.autograd.grad(losses.sum(), leaves, materialize_grads=True) if leaves else ())
+    of_rows = [[(next(made).to(losses.device), real.to(losses.device)) for _, real in of_row] for of_row in passes]
+    gradients = {stack: _joined(members, [of_rows[row.row] for row in members]) for stack, members in stacks.items()}
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+        for row in reversed(found):  # as the backward pass went
+            gradient = _joined([row], [of_rows[row.row]])
+            if not bool(gradient.isfinite().all()):
+                head = row.heads[int((~gradient.isfinite()).any(0).any(0).nonzero()[0])]
+                raise HeadlabError(f"NaN or infinity in batch {number}: the gradient at head {head} was the first to be so")
+    return gradients
+
+
+def _joined(members: Sequence[Attention], of_rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
+    """Gradients of rows of one stack, each [batch, pos, slot] with its real positions, as one [batch, pos, head]."""
+    filled = [i for i, of_row in enumerate(of_rows) if of_row]
+    if not filled:
+        return torch.zeros(1, 1, 0)  # no heads are left in the whole stack
+    parts = []
+    for turns in zip(*(of_rows[i] for i in filled), strict=True):  # one pass of the model each
+        gradient, real = torch.cat([gradient for gradient, _ in turns], -1), turns[0][1]
+        parts.append(gradient.masked_fill(~real[..., None], 0))
+    if len(sizes := {len(part) for part in parts}) > 1:
+        raise HeadlabError(f"the loss runs the model on batches of different sizes, {sorted(sizes)}: make them one")
+    slots, offset = [], 0
+    for i in filled:
+        slots += [offset + place for place in members[i].places]
+        offset += len(members[i].slots)
+    joined = torch.cat(parts, 1)
+    return joined if slots == list(range(offset)) else joined[..., slots]
 
 
 def _first_broken(model: nn.Module, batch: Batch, loss: Loss) -> str:
