@@ -49,7 +49,7 @@ def main() -> None:
     found = importance_cost(model, batch, options.repeats) | ablation_cost(model, batch, options.rounds, options.every)
     machine = torch.cuda.get_device_name() if ids.is_cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
     where = {"machine": machine, "torch": torch.__version__, "dtype": options.dtype, "shape": list(ids.shape)}
-    print(json.dumps(where | found, indent=1))  # noqa: T201
+    print(json.dumps(where | found, indent=1))
 
 
 def load(random: bool, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
@@ -88,7 +88,11 @@ def importance_cost(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], rep
             steps.append(times[0])
             scores.append(times[1])
     ratio = [score / step for score, step in zip(scores, steps, strict=True)]
-    return {"training step s": spread(steps), "importance s": spread(scores), "importance / training step": spread(ratio)}
+    return {
+        "training step s": spread(steps),
+        "importance s": spread(scores),
+        "importance / training step": spread(ratio),
+    }
 
 
 def ablation_cost(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], rounds: int, every: int) -> dict[str, Any]:

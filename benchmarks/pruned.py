@@ -41,8 +41,8 @@ def main() -> None:
     }
     sizes = [tuple(int(n) for n in part.split("x")) for part in options.sizes.split(",")]
     result = hl.timing(models, shapes(model, sizes), repeats=options.repeats)
-    print(result.record["device"], result.record["threads"], "threads, torch", result.record["torch"])  # noqa: T201
-    print(result.to_frame().round(3).to_string(index=False))  # noqa: T201
+    print(result.record["device"], result.record["threads"], "threads, torch", result.record["torch"])
+    print(result.to_frame().round(3).to_string(index=False))
 
 
 if __name__ == "__main__":

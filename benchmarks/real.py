@@ -193,9 +193,7 @@ def licence_texts() -> dict[str, str]:
         if match:
             texts[name] = match.group()
     if len(texts) < 3:
-        raise RuntimeError(
-            f"only {sorted(texts)} found in the licence files of installed packages: install numpy by pip"
-        )
+        raise RuntimeError(f"only {sorted(texts)} found in the licence files of installed packages: install numpy by pip")
     return texts
 
 

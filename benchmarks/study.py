@@ -129,7 +129,7 @@ def study(
     frame = exact.to_frame()
     helpful = int(((frame["p"] < 0.01) & (frame["change"] > 0)).sum())
     harmful = int(((frame["p"] < 0.01) & (frame["change"] < 0)).sum())
-    print(f"{len(frame)} heads: removal hurts significantly for {helpful}, helps for {harmful} (p < .01)\n")  # noqa: T201
+    print(f"{len(frame)} heads: removal hurts significantly for {helpful}, helps for {harmful} (p < .01)\n")
 
     fill = hl.fill(model, scoring) if with_mean else None
     if fill is not None:
@@ -161,7 +161,7 @@ def half(model: nn.Module, masks: dict[str, hl.HeadMask], batches: list[dict[str
     pruned = {unit: hl.prune(model, mask) for unit, mask in masks.items()}
     for unit, small in pruned.items():
         left = hl.kept(small)[["heads", "slots", "groups"]].sum()
-        print(f"half removed by {unit}: {left['heads']} heads, {left['slots']} slots, {left['groups']} groups")  # noqa: T201
+        print(f"half removed by {unit}: {left['heads']} heads, {left['slots']} slots, {left['groups']} groups")
     models = {"dense": model, "masked": (model, next(iter(masks.values())))}
     result = hl.timing(models | {f"pruned by {unit}": small for unit, small in pruned.items()}, batches, repeats=15)
     result.save(out / "timing.json")
@@ -169,7 +169,7 @@ def half(model: nn.Module, masks: dict[str, hl.HeadMask], batches: list[dict[str
 
 
 def show(title: str, table: pd.DataFrame) -> None:
-    print(f"### {title}\n\n{table.round(3).to_string()}\n")  # noqa: T201
+    print(f"### {title}\n\n{table.round(3).to_string()}\n")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ _HOME = {  # no module may have the name of something public: importing it would
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "AblationScores", "Curve", "Family", "Fill", "Head", "HeadMask", "HeadScores", "HeadlabError", "Result", "Timing",
     "ablation", "bridge", "capture", "fill", "heads", "importance", "kept", "load", "masked", "own_loss", "plots",
     "prune", "pruning_curve", "read_batches", "register", "save_pruned", "text_batches", "timing",

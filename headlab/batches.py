@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .errors import HeadlabError
 from .models import PRUNED, inner, tokenizer
 
-Batch = Mapping[str, Tensor]
+Batch = dict[str, Tensor]
 Batches = Iterable[Batch] | Iterable[str]
 Loss = Callable[[nn.Module, Batch], Tensor]
 """`loss(model, batch)` gives one number per example, `[batch]`."""
@@ -176,7 +176,10 @@ def own_loss(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         if labels is None:
             labels = batch["input_ids"].masked_fill(~real, IGNORED)
         seen = real[:, :-1] if real.shape == labels.shape else True  # a left pad has nothing to predict from
-        logits, labels = logits[:, :-1], labels[:, 1:].masked_fill(~torch.as_tensor(seen, device=labels.device), IGNORED)
+        logits, labels = (
+            logits[:, :-1],
+            labels[:, 1:].masked_fill(~torch.as_tensor(seen, device=labels.device), IGNORED),
+        )
     assert labels is not None
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     counted = (labels != IGNORED).sum(-1)

@@ -219,7 +219,9 @@ def curve(
     found = {file.stem.removeprefix("curve-"): Curve.load(file) for file in sorted(out.glob("curve-*.json"))}
     plots.save_html(plots.curves(found), out / "curves.html")
     typer.echo(result.to_frame().to_string(index=False, float_format="{:.4g}".format))
-    typer.echo(f"area {result.area:.4g}; written to {out / name}.json, all curves of the folder are in {out / 'curves.html'}")
+    typer.echo(
+        f"area {result.area:.4g}; written to {out / name}.json, all curves of the folder are in {out / 'curves.html'}"
+    )
 
 
 @app.command()
@@ -330,9 +332,7 @@ def _needed(text: Path | None) -> Path:
     return text
 
 
-def _batches(
-    model: nn.Module, text: Path, examples: int, length: int, batch_size: int, seed: int
-) -> list[Batch]:
+def _batches(model: nn.Module, text: Path, examples: int, length: int, batch_size: int, seed: int) -> list[Batch]:
     from .batches import prepare
     from .texts import read_batches
 
@@ -357,7 +357,6 @@ def _fill(model: nn.Module, data: list[Batch], kind: FillKind, out: Path) -> Fil
 
 
 def _read_scores(path: Path) -> HeadScores:
-    from . import exact  # noqa: F401 (it knows the scores of ablation)
     from .scores import HeadScores
 
     if not path.exists():

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from .batches import Batch, Batches, Loss, Metric, check_losses, describe_data, loss_name, own_loss, prepare
 from .errors import HeadlabError
 from .gates import Fill, check_site, masked
-from .scores import Head, HeadMask, HeadScores, Unit
 from .models import describe, evaluating, fingerprint, head_rows, heads
 from .results import Result, RowLog
+from .scores import Head, HeadMask, HeadScores, Unit
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,9 @@ from .batches import Batch, Batches, Loss, check_losses, describe_data, loss_nam
 from .errors import HeadlabError
 from .families import Attention, child
 from .gates import Fill, StandIn, check_site, masked
-from .scores import HeadScores
 from .models import describe, evaluating, head_rows, inner, rows
 from .results import RowLog
+from .scores import HeadScores
 from .sites import Pass, at_sites, replaying
 
 ALPHA = 0.01  # the significance level of Michel et al. 2019, tables 1 to 3
@@ -279,6 +279,4 @@ def _copied(output: Any, copies: int) -> Any:
     if not isinstance(output, tuple):
         return output.repeat(copies, *[1] * (output.ndim - 1))
     batch = len(output[0])
-    return tuple(
-        _copied(part, copies) if isinstance(part, Tensor) and len(part) == batch else part for part in output
-    )
+    return tuple(_copied(part, copies) if isinstance(part, Tensor) and len(part) == batch else part for part in output)

@@ -158,9 +158,7 @@ def attentions(root: nn.Module) -> tuple[Attention, ...]:
         members = [item for item, name in zip(found, stacks, strict=True) if name == stack]
         for layer, (path, module, family) in enumerate(members):
             groups, d_head = _layout(module, family, path)
-            rows.append(
-                Attention(len(rows), layer, stack if len(order) > 1 else "", path, module, family, groups, d_head)
-            )
+            rows.append(Attention(len(rows), layer, stack if len(order) > 1 else "", path, module, family, groups, d_head))
     return tuple(rows)
 
 

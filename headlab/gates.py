@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from .batches import Batches, describe_data, forward, prepare, real_tokens
 from .errors import HeadlabError
 from .families import Attention, weight_blocks
-from .scores import Head, HeadMask
 from .models import describe, evaluating, fingerprint, head_rows, rows
 from .results import FORMAT, Result, write
+from .scores import Head, HeadMask
 from .sites import Pass, at_sites
 
 Gates = HeadMask | Sequence[Any] | Tensor
@@ -255,14 +255,13 @@ def fill(
     _run(model, data, add)
     means = [(s / n[:, None, None]).float() for s, n in zip(sums, counts, strict=True)]
     values = tuple(
-        mean if per_position else mean.sum(0) for mean in means  # one position, or none where a row has no heads
+        mean if per_position else mean.sum(0)
+        for mean in means  # one position, or none where a row has no heads
     )
     return Fill(how, values, record=record)
 
 
-def _resample(
-    model: nn.Module, data: list[dict[str, Tensor]], found: Sequence[Attention], record: dict[str, Any]
-) -> Fill:
+def _resample(model: nn.Module, data: list[dict[str, Tensor]], found: Sequence[Attention], record: dict[str, Any]) -> Fill:
     outputs: list[list[Tensor]] = [[] for _ in found]  # per row, per example: [pos, head, d_head]
     keys: list[list[int]] = [[] for _ in found]
 
@@ -283,9 +282,7 @@ def _resample(
     return Fill("resample", values, lengths, tuple(torch.tensor(row, dtype=torch.long) for row in keys), record)
 
 
-def _run(
-    model: nn.Module, data: list[dict[str, Tensor]], edit: Callable[[Attention, Tensor, Pass, Tensor], None]
-) -> None:
+def _run(model: nn.Module, data: list[dict[str, Tensor]], edit: Callable[[Attention, Tensor, Pass, Tensor], None]) -> None:
     """Forward passes over the data, for what `edit(row, z, run, real)` sees; `real` knows the labels' padding too."""
     batch: dict[str, Tensor] = {}
 

@@ -11,7 +11,7 @@ import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -106,9 +106,9 @@ def is_folded(model: nn.Module) -> bool:
     return is_bridge(model) and bool(getattr(model, "compatibility_mode", False))
 
 
-def inner(model: nn.Module) -> nn.Module:
+def inner(model: nn.Module) -> PreTrainedModel:
     """The module tree with the Hugging Face class at its root, of a plain model or of a bridge."""
-    return model.original_model if is_bridge(model) else model
+    return cast("PreTrainedModel", model.original_model if is_bridge(model) else model)
 
 
 def rows(model: nn.Module) -> tuple[Attention, ...]:

@@ -57,7 +57,11 @@ def narrow(model: nn.Module, attention: Attention, groups: Groups, bias: bool) -
 
 
 def _take(
-    projection: nn.Module, blocks: Sequence[int | None], d_head: int, side: Literal["in", "out"], bias: bool | None = None
+    projection: nn.Module,
+    blocks: Sequence[int | None],
+    d_head: int,
+    side: Literal["in", "out"],
+    bias: bool | None = None,
 ) -> nn.Module:
     """A projection with only these blocks of d_head rows (`out`) or columns (`in`), in this order; None gives zeros.
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,6 +21,13 @@ from .errors import HeadlabError
 
 FORMAT = 1
 _kinds: dict[str, type[Result]] = {}
+_HOMES = {
+    "scores": "scores",
+    "mask": "scores",
+    "ablation": "exact",
+    "curve": "curves",
+    "timing": "speed",
+}  # to load them
 _UNWRITTEN = (OSError, SafetensorError)  # what a full disk raises; safetensors has its own error for it
 
 
@@ -44,7 +52,10 @@ class Result:
     def load(cls, path: str | Path) -> Self:
         """Read a result of this kind (or, from `Result` itself, of any kind)."""
         data = _read_json(Path(path))
-        found = _kinds.get(str(data.pop("kind", None)))
+        kind = str(data.pop("kind", None))
+        if kind in _HOMES:
+            import_module(f".{_HOMES[kind]}", __package__)
+        found = _kinds.get(kind)
         if data.pop("headlab", None) != FORMAT or found is None:
             raise HeadlabError(f"{path} is not a result that this version of headlab can read")
         if not issubclass(found, cls):

@@ -187,9 +187,7 @@ class HeadScores(HeadRows):
         units = [(tuple(h for h, _ in members), sum(v for _, v in members)) for members in groups.values()]
         return sorted(units, key=lambda item: item[1])
 
-    def keep(
-        self, amount: float | int, unit: Unit = "head", per_layer: bool = False, at_least: int = 0
-    ) -> HeadMask:
+    def keep(self, amount: float | int, unit: Unit = "head", per_layer: bool = False, at_least: int = 0) -> HeadMask:
         """The mask that keeps the most important units.
 
         Args:

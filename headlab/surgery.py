@@ -18,9 +18,9 @@ from . import pruned
 from .errors import HeadlabError
 from .families import Attention, Groups, weight_blocks
 from .gates import Fill, check_site
-from .scores import HeadMask
 from .models import fingerprint, head_rows, restored, rows
 from .results import building
+from .scores import HeadMask
 from .sites import is_hooked
 
 if TYPE_CHECKING:
@@ -143,9 +143,7 @@ def kept(model: PreTrainedModel) -> pd.DataFrame:
     )
 
 
-def save_pruned(
-    model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Path:
+def save_pruned(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
     """`save_pretrained` in one step: the folder appears when it is whole. Open it with `hl.load(folder)`.
 
     Raises:

@@ -28,8 +28,8 @@ from .batches import (
 from .errors import HeadlabError
 from .families import Attention, weight_blocks
 from .gates import Fill, StandIn, check_site
-from .scores import HeadScores
 from .models import describe, evaluating, head_rows, is_folded, rows
+from .scores import HeadScores
 from .sites import Pass, at_sites
 
 Reduction = Literal["token", "example", "batch", "signed"]

@@ -72,14 +72,10 @@ def read_batches(
     rows = _json_lines(text, path, wanted)[:examples]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return [
-        _labelled(tokenizer, rows[i : i + batch_size], wanted, length) for i in range(0, len(rows), batch_size)
-    ]
+    return [_labelled(tokenizer, rows[i : i + batch_size], wanted, length) for i in range(0, len(rows), batch_size)]
 
 
-def _hide_tokens(
-    tokenizer: PreTrainedTokenizerBase, batches: list[dict[str, Tensor]], seed: int
-) -> list[dict[str, Tensor]]:
+def _hide_tokens(tokenizer: PreTrainedTokenizerBase, batches: list[dict[str, Tensor]], seed: int) -> list[dict[str, Tensor]]:
     """Replace a share of the tokens by the mask token, and ask for them; at least one in every example."""
     generator = torch.Generator().manual_seed(seed)
     hidden = []

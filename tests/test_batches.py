@@ -33,9 +33,7 @@ IDS = torch.arange(3, 15).view(3, 4)
 
 @pytest.fixture
 def tokenizer() -> hf.PreTrainedTokenizerFast:
-    core = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return hf.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>", padding_side="left")
 

@@ -95,9 +95,7 @@ def test_the_whole_path(run: Run, model: Path, text: Path, tmp_path: Path) -> No
     assert (out / "curve-reestimated-group.csv").read_text().count("\n") == 5
 
 
-def test_means_are_measured_once_and_fold_into_the_pruned_model(
-    run: Run, model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_means_are_measured_once_and_fold_into_the_pruned_model(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "results"
     assert run("score", model, "-t", text, "-o", out, *SMALL, "--fill", "mean")[0] == 0
     measured = (out / "fill-mean.safetensors").read_bytes()

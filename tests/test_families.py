@@ -139,9 +139,7 @@ def test_blocks_pick_what_is_asked_for(joined: str | None, data: st.DataObject) 
     slots = data.draw(st.lists(st.sampled_from([None, *range(n_slots)]), max_size=6))
     kv = slots if joined == "heads" else data.draw(st.lists(st.integers(0, n_kv - 1), max_size=5))
     q, k, v = [("q", i) for i in range(n_slots)], [("k", i) for i in range(n_kv)], [("v", i) for i in range(n_kv)]
-    wanted = [
-        [(part, i) if i is not None else None for i in which] for part, which in (("q", slots), ("k", kv), ("v", kv))
-    ]
+    wanted = [[(part, i) if i is not None else None for i in which] for part, which in (("q", slots), ("k", kv), ("v", kv))]
     if joined is None:
         content, expected = (
             {"q_proj": q, "k_proj": k, "v_proj": v},

@@ -71,12 +71,8 @@ def test_means_are_over_real_tokens(name: str) -> None:
 def test_means_per_position_count_positions_from_the_first_real_token(name: str, left: bool) -> None:
     model, data = zoo.build(name), data_for(name)
     if left:
-        data = [
-            {k: v.flip(-1) if k in ("input_ids", "attention_mask") else v for k, v in batch.items()} for batch in data
-        ]
-        data = [
-            {k: v for k, v in batch.items() if k != "labels" or name in ("t5", "bert-classifier")} for batch in data
-        ]
+        data = [{k: v.flip(-1) if k in ("input_ids", "attention_mask") else v for k, v in batch.items()} for batch in data]
+        data = [{k: v for k, v in batch.items() if k != "labels" or name in ("t5", "bert-classifier")} for batch in data]
     fill = hl.fill(model, data, per_position=True)
     assert fill.how == "mean per position"
     assert not fill.constant
@@ -155,9 +151,7 @@ def test_resampling_draws_another_example_the_same_one_every_time(name: str) -> 
             assert all(i != own for own, i in enumerate(first))
             again = {key: value.flip(0)[:2] for key, value in data[0].items()}
             assert [source(z, outputs) for z in stand_ins(model, row, fill, again)] == first[::-1][:2]
-            both = [
-                source(z, outputs) for z in stand_ins(model, row, fill, {k: v[:3] for k, v in data[0].items()}, data[1])
-            ]
+            both = [source(z, outputs) for z in stand_ins(model, row, fill, {k: v[:3] for k, v in data[0].items()}, data[1])]
             second = both[3:]
             assert both[:3] == first[:3]
             assert all(i != own for own, i in enumerate(second, len(first)))
@@ -192,9 +186,7 @@ def test_a_bridge_measures_and_fills_the_same(name: str, options: dict[str, Any]
 @pytest.mark.parametrize("per_position", [False, True])
 def test_fills_hold_in_generation_with_left_padding(name: str, per_position: bool) -> None:
     model = zoo.build(name)
-    long = {"input_ids": torch.randint(3, 99, (5, 13))} | (
-        {"labels": torch.randint(3, 99, (5, 13))} if name == "t5" else {}
-    )
+    long = {"input_ids": torch.randint(3, 99, (5, 13))} | ({"labels": torch.randint(3, 99, (5, 13))} if name == "t5" else {})
     gates, fill = random_gates(model, 3), hl.fill(model, [long], per_position=per_position)
     batch = {key: value.flip(-1) for key, value in zoo.batch_for("llama-gqa").items()}
     with hl.masked(model, gates, fill):

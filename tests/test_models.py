@@ -110,9 +110,7 @@ def test_a_damaged_folder(tmp_path: Path, file: str, content: str | None) -> Non
 @pytest.mark.parametrize("model_type", ["own", "llama"])
 def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, model_type: str) -> None:
     zoo.build("llama-gqa").save_pretrained(tmp_path)
-    (tmp_path / "own.py").write_text(
-        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass OwnConfig: ...\nclass OwnModel: ...\n"
-    )
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass OwnConfig: ...\nclass OwnModel: ...\n")
     auto_map = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel", "AutoModelForCausalLM": "own.OwnModel"}
     edit_config(tmp_path, model_type=model_type, architectures=["OwnModel"], auto_map=auto_map)
     with pytest.raises(hl.HeadlabError, match="code") as caught:

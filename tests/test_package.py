@@ -63,9 +63,7 @@ def test_importing_headlab_is_light() -> None:
 
 
 def test_scores_and_masks_need_no_model() -> None:
-    assert (
-        loaded_by("import headlab; headlab.HeadScores([[1, 2]]).keep(1); headlab.HeadlabError; headlab.Result") == set()
-    )
+    assert loaded_by("import headlab; headlab.HeadScores([[1, 2]]).keep(1); headlab.HeadlabError; headlab.Result") == set()
 
 
 def test_the_command_line_starts_light() -> None:

@@ -246,9 +246,7 @@ def words() -> hf.PreTrainedTokenizerFast:
     numbers = {"<pad>": 0, "<unk>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, zoo.VOCAB)}
     tokenizer = Tokenizer(WordLevel(numbers, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
-    )
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "bert-mlm", "t5"])

@@ -225,9 +225,7 @@ def test_at_least_counts_in_every_layer(rows: list[list[float]], share: float, a
 @given(rows=ROWS)
 def test_scores_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, rows: list[list[float]]) -> None:
     path = tmp_path_factory.mktemp("scores") / "scores.json"
-    scores = grouped(
-        rows, 2, columns={"p": tuple(np.sqrt(np.abs(row)) / 3 for row in map(np.array, rows))}, record=RECORD
-    )
+    scores = grouped(rows, 2, columns={"p": tuple(np.sqrt(np.abs(row)) / 3 for row in map(np.array, rows))}, record=RECORD)
     scores.save(path)
     for back in (HeadScores.load(path), Result.load(path)):
         assert isinstance(back, HeadScores)

@@ -21,9 +21,7 @@ def inputs_of(model: nn.Module, paths: list[str]) -> Iterator[dict[str, list[Ten
     """What enters some modules of a plain model, by hooks of torch alone."""
     seen: dict[str, list[Tensor]] = {path: [] for path in paths}
     hooks = [
-        model.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, path=path: seen[path].append(args[0].clone())
-        )
+        model.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: seen[path].append(args[0].clone()))
         for path in paths
     ]
     yield seen
@@ -300,8 +298,6 @@ def test_a_batch_of_conversations_on_one_cache() -> None:
     model = zoo.build("llama-gqa")
     cache = hf.DynamicCache(config=model.config)
     ids = zoo.batch_for("llama-gqa", padded=False)["input_ids"]
-    seen = passes(
-        model, 0, lambda: (model(ids[:, :4], past_key_values=cache), model(ids[:, 4:], past_key_values=cache))
-    )
+    seen = passes(model, 0, lambda: (model(ids[:, :4], past_key_values=cache), model(ids[:, 4:], past_key_values=cache)))
     assert [run.positions[0].tolist() for run in seen] == [[0, 1, 2, 3], [4, 5, 6]]
     assert [run.first for run in seen] == [True, False]

@@ -111,9 +111,7 @@ def test_a_broken_gradient_names_head_and_batch() -> None:
     def loss(m: nn.Module, b: Any) -> Tensor:
         runs.append(b)
         projection = m.model.layers[1].self_attn.o_proj  # hooked after headlab, so the gradient comes here first
-        hook = projection.register_forward_pre_hook(
-            lambda _, args: _Break.apply(args[0], 4) if len(runs) == 2 else None
-        )
+        hook = projection.register_forward_pre_hook(lambda _, args: _Break.apply(args[0], 4) if len(runs) == 2 else None)
         losses = hl.own_loss(m, b)
         hook.remove()
         return losses
@@ -124,9 +122,7 @@ def test_a_broken_gradient_names_head_and_batch() -> None:
 
 def test_float16_gradients_that_vanish_give_advice() -> None:
     model, batch = zoo.build("llama-gqa").half(), zoo.batch_for("llama-gqa")
-    with pytest.raises(
-        hl.HeadlabError, match=r"in model\.layers\.0\.self_attn is exactly zero.*bfloat16.*scale the loss"
-    ):
+    with pytest.raises(hl.HeadlabError, match=r"in model\.layers\.0\.self_attn is exactly zero.*bfloat16.*scale the loss"):
         hl.importance(model, [batch], loss=lambda m, b: 1e-7 * hl.own_loss(m, b))
 
 

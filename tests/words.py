@@ -9,7 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .zoo import VOCAB
 
-SPECIAL = {"pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+SPECIAL = {
+    "pad_token": "[PAD]",
+    "bos_token": "[BOS]",
+    "eos_token": "[EOS]",
+    "unk_token": "[UNK]",
+    "mask_token": "[MASK]",
+}
 WORDS = [f"w{i}" for i in range(VOCAB - len(SPECIAL))]
 
 
