@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .errors import HeadlabError
 from .models import PRUNED, inner, tokenizer
@@ -34,7 +35,7 @@ def prepare(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
     """
     if isinstance(batches, (str, Mapping)):
         raise HeadlabError("batches is a list (of dicts with input_ids, or of strings), not a single one: put it in [...]")
-    given = list(batches)
+    given: list[Any] = list(batches)
     if not given:
         raise HeadlabError("there are no batches: expected at least one dict with input_ids, or one string")
     if all(isinstance(text, str) for text in given):
@@ -49,8 +50,8 @@ def prepare(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
             moved = {name: torch.as_tensor(value).to(root.device) for name, value in batch.items()}
         except (TypeError, ValueError, RuntimeError) as error:
             raise HeadlabError(f"batch {number} is not made of tensors: {str(error).splitlines()[0]}") from None
-        main = moved.get("input_ids", moved.get("inputs_embeds"))
-        if main is None or main.ndim < 2 or main.numel() == 0:
+        main = moved["input_ids" if "input_ids" in moved else "inputs_embeds"]
+        if main.ndim < 2 or main.numel() == 0:
             raise HeadlabError(f"batch {number} is empty: input_ids has the shape {tuple(main.shape)}, not [batch, pos]")
         if context is not None and main.shape[1] > context:
             raise HeadlabError(
@@ -74,7 +75,7 @@ def _tokenized(model: nn.Module, texts: list[str]) -> list[dict[str, Tensor]]:
     return [dict(found(chunk, return_tensors="pt", padding=True, padding_side="right")) for chunk in chunks]
 
 
-def _context(root: nn.Module) -> int | None:
+def _context(root: PreTrainedModel) -> int | None:
     """The longest input that a model takes; None where nothing limits it (relative positions)."""
     config = root.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
@@ -209,7 +210,7 @@ def loss_kind(model: nn.Module) -> str:
     return kind
 
 
-def _classification(root: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+def _classification(root: PreTrainedModel, logits: Tensor, labels: Tensor) -> Tensor:
     """As transformers decides: one output is a regression, float labels are several yes-or-no questions."""
     if logits.shape[-1] == 1 or root.config.problem_type == "regression":
         return F.mse_loss(logits.view(labels.shape), labels.float(), reduction="none").view(len(labels), -1).mean(-1)

@@ -102,7 +102,7 @@ class Curve(Result):
 
     @classmethod
     def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> Self:
-        arrays = {name: np.array(body.pop(name)) for name in ("values", "losses")}
+        arrays: dict[str, Any] = {name: np.array(body.pop(name)) for name in ("values", "losses")}
         return cls(**body, **arrays, record=record)
 
 
@@ -209,8 +209,8 @@ def _remove(order: HeadScores, removed: Sequence[Head], n: int, unit: Unit) -> l
 
 def _measure(model: nn.Module, data: list[Batch], loss: Loss, metric: Metric | None) -> dict[str, Any]:
     if metric is not None:
-        value = float(metric(model, data))
-        measured, numbers = {"value": value}, [value]
+        numbers = [float(metric(model, data))]
+        measured: dict[str, Any] = {"value": numbers[0]}
     else:
         numbers = [x for batch in data for x in check_losses(loss(model, batch), batch).double().tolist()]
         measured = {"losses": numbers}

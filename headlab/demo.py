@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import trange
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from . import plots
 from .batches import IGNORED, own_loss
@@ -97,7 +97,7 @@ def run(folder: Path, quick: bool = False, seed: int = 0) -> str:
     """
     size = QUICK if quick else FULL
     with building(folder) as out:
-        model = train(size, seed)
+        model: PreTrainedModel = train(size, seed)
         model.save_pretrained(out / "model")
         model = load(out / "model")
         generator = torch.Generator().manual_seed(seed + 1)
@@ -138,7 +138,7 @@ def run(folder: Path, quick: bool = False, seed: int = 0) -> str:
         left = kept(small)
         summary = _SUMMARY.format(
             layers=size.layers, heads=size.heads, half=size.half, chance=float(torch.tensor(VOCABULARY).log()),
-            dense_loss=losses[0], pruned_loss=losses[1], top=", ".join(f"{h} ({s:.2f})" for h, s in exact.top(4)),
+            dense_loss=losses[0], pruned_loss=losses[1], top=", ".join(f"{h} ({s:.2g})" for h, s in exact.top(4)),
             rho=taylor.rank_correlation(exact), removed=len(mask.removed), all=len(mask), difference=difference,
             areas=", ".join(f"{name} {curve.area:.2f}" for name, curve in curves.items()),
             rows="\n".join(f"| {row.layer} | {row.heads} of {row.heads_before} |" for row in left.itertuples()),

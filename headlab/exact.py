@@ -168,7 +168,7 @@ class _Clean:
         root = inner(model)
         self.blocks = {row.row: _block(row.path) for row in self.found}
         self.order = list(dict.fromkeys(self.blocks.values()))  # as they run: encoder, then decoder
-        self.modules = {path: child(root, path) for path in self.order if path is not None}
+        self.modules = {path: child(root, path) for path in self.order if path}
         self.outputs: dict[nn.Module, list[Any]] = {}
         self.z: dict[int, Tensor] = {}
         self.passes: dict[int, Pass] = {}
@@ -183,7 +183,7 @@ class _Clean:
             hooks.enter_context(at_sites(model, remember))
             self.losses = self._checked(batch)  # [batch]
         # a loss that runs the model several times, or a block that stands outside a list, cannot be replayed
-        self.shared = None not in self.order and all(len(outputs) == 1 for outputs in self.outputs.values())
+        self.shared = "" not in self.order and all(len(outputs) == 1 for outputs in self.outputs.values())
 
     def losses_with(self, row: Attention, gates: Tensor, fill: Fill | None) -> Tensor:
         """The loss of every example under every row of gates `[copy, head]`: [copy, batch]."""
@@ -239,11 +239,11 @@ class _Clean:
         return gated.flatten(0, 1)
 
 
-def _block(path: str) -> str | None:
-    """The path of the transformer block around an attention module: the first member of a list on the way to it."""
+def _block(path: str) -> str:
+    """The path of the block around an attention module: the first member of a list on the way to it; else empty."""
     names = path.split(".")
     at = next((i for i, name in enumerate(names) if name.isdigit()), None)
-    return None if at is None else ".".join(names[: at + 1])
+    return "" if at is None else ".".join(names[: at + 1])
 
 
 def _stack(block: str) -> str:

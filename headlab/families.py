@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -105,12 +105,12 @@ class Attention:
         return tuple(Head(self.row, self.layer, i, self.stack, owner[i], self.d_head, site) for i in indices)
 
     @property
-    def core(self) -> nn.Module:
-        """The module that computes the heads' outputs."""
+    def core(self) -> Any:
+        """The module that computes the heads' outputs; `Any`, for torch does not know its attributes."""
         return child(self.module, self.family.core)
 
-    def projection(self, path: str) -> nn.Module:
-        """A projection of the module as it was before any bridge."""
+    def projection(self, path: str) -> Any:
+        """A projection of the module as it was before any bridge: an `nn.Linear`, a `Conv1D` or the like."""
         return bare(child(self.module, path))
 
 
@@ -153,7 +153,7 @@ def attentions(root: nn.Module) -> tuple[Attention, ...]:
         raise HeadlabError(f"found no attention module in {type(root).__name__}; {_HOW}")
     stacks = [_stack(path, family) for path, _, family in found]
     order = [name for name in ("enc", "dec", "cross") if name in stacks]
-    rows = []
+    rows: list[Attention] = []
     for stack in order:
         members = [item for item, name in zip(found, stacks, strict=True) if name == stack]
         for layer, (path, module, family) in enumerate(members):
@@ -218,15 +218,15 @@ def transposed(projection: nn.Module) -> bool:
     return type(projection).__name__ == "Conv1D"
 
 
-def width_in(projection: nn.Module) -> int:
+def width_in(projection: Any) -> int:
     return projection.weight.shape[0 if transposed(projection) else 1]
 
 
-def width_out(projection: nn.Module) -> int:
+def width_out(projection: Any) -> int:
     return projection.weight.shape[1 if transposed(projection) else 0]
 
 
-def weight_blocks(projection: nn.Module, d_head: int, side: Literal["in", "out"]) -> torch.Tensor:
+def weight_blocks(projection: Any, d_head: int, side: Literal["in", "out"]) -> torch.Tensor:
     """The weight as [block, d_head, other side], a block per head on the given side (a view)."""
     weight = projection.weight if transposed(projection) == (side == "in") else projection.weight.T
     return weight.unflatten(0, (-1, d_head))

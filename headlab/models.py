@@ -48,7 +48,7 @@ def load(
     else:
         found = _from_pretrained(str(model), dtype)
     found.eval()
-    return found if device is None else found.to(device)
+    return found if device is None else found.to(device)  # type: ignore[arg-type]  # transformers' decorator loses self
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -77,7 +77,8 @@ def _pruned_config(name: str) -> Any:
     from . import pruned
 
     model_type = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))["model_type"]
-    pruned.config_class(type(AutoConfig.for_model(model_type.removeprefix(PRUNED))))
+    base = type(AutoConfig.for_model(model_type.removeprefix(PRUNED)))
+    pruned.config_class(base)  # type: ignore[arg-type]  # mypy takes no class for hashable
     return AutoConfig.from_pretrained(name)
 
 
@@ -148,10 +149,11 @@ def restored(model: nn.Module) -> PreTrainedModel:
             "this bridge is in compatibility mode: value biases and norms have moved into other weights, so removing a "
             "head means something else than in the model; use the model itself, or a bridge without that mode"
         )
-    kept = (value for module in model.original_model.modules() for value in vars(module).values())
+    wrapped = inner(model)
+    kept = (value for module in wrapped.modules() for value in vars(module).values())
     passes = [value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf]
     memo = {id(value): value.detach() for value in passes}  # patterns of the last pass, which deepcopy would refuse
-    plain = copy.deepcopy(model.original_model, memo)
+    plain = copy.deepcopy(wrapped, memo)
     _unwrap(plain)
     return plain
 
@@ -206,7 +208,7 @@ def probe_batch(model: nn.Module) -> dict[str, torch.Tensor]:
 def tokenizer(model: nn.Module) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside a model's weights, if there is one."""
     if is_bridge(model) and model.tokenizer is not None:
-        return model.tokenizer
+        return cast("PreTrainedTokenizerBase", model.tokenizer)
     name = inner(model).config._name_or_path
     if not name:
         return None

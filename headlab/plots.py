@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from .curves import Curve
 from .results import write
-from .scores import HeadRows, HeadScores
+from .scores import Head, HeadRows, HeadScores
 from .speed import Timing
 
 
@@ -48,7 +48,7 @@ def heads(scores: HeadRows, title: str | None = None) -> go.Figure:
     return figure
 
 
-def _row_name(row: tuple, number: int) -> str:
+def _row_name(row: tuple[Head, ...], number: int) -> str:
     return f"{row[0].stack} {row[0].layer}".strip() if row else f"row {number}"
 
 
@@ -127,7 +127,10 @@ def timing(timing: Timing, title: str = "Latency of one forward pass") -> go.Fig
     frame = timing.to_frame()
     figure = go.Figure()
     for name, lines in frame.groupby("model", sort=False):
-        told = [f"{a:.4g} ms in attention, {p:,} parameters" for a, p in zip(lines["attention_ms"], lines["parameters"])]
+        told = [
+            f"{a:.4g} ms in attention, {p:,} parameters"
+            for a, p in zip(lines["attention_ms"], lines["parameters"], strict=True)
+        ]
         figure.add_bar(
             x=[f"{b} x {p}" for b, p in zip(lines["batch"], lines["pos"], strict=True)],
             y=lines["ms"],
@@ -139,6 +142,8 @@ def timing(timing: Timing, title: str = "Latency of one forward pass") -> go.Fig
                 "arrayminus": lines["ms"] - lines["low"],
             },
             text=[f"{s:.2f}x" for s in lines["speedup"]],
+            textposition="inside",
+            insidetextanchor="start",  # the error bar stands at the other end
             customdata=told,
             hovertemplate=f"<b>{name}</b> %{{x}}<br>%{{y:.4g}} ms<br>%{{customdata}}<extra></extra>",
         )

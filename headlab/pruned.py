@@ -57,7 +57,7 @@ def narrow(model: nn.Module, attention: Attention, groups: Groups, bias: bool) -
 
 
 def _take(
-    projection: nn.Module,
+    projection: Any,
     blocks: Sequence[int | None],
     d_head: int,
     side: Literal["in", "out"],
@@ -147,6 +147,9 @@ def _count_tokens(
 class NarrowT5Attention(T5Attention):
     """T5 attention with fewer heads (or none): it takes its rows of the bias that layers share, and hands on all of it."""
 
+    headlab_groups: tuple[tuple[int, tuple[int, ...]], ...]  # no padding: every head has its own keys
+    layer_idx: int
+
     def compute_bias(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._shared = super().compute_bias(*args, **kwargs)  # [1, all heads, query, key]
         return self._shared[:, self._rows]
@@ -218,7 +221,7 @@ def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
 
     def __post_init__(self: PretrainedConfig, **kwargs: Any) -> None:
         base.__post_init__(self, **kwargs)
-        _register_models(type(self), base)
+        _register_models(type(self), base)  # type: ignore[arg-type]  # mypy takes no class for hashable
 
     body = {
         "model_type": PREFIX + base.model_type,
@@ -236,7 +239,8 @@ def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
 @functools.cache
 def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of pruned models that compute what `base` does."""
-    if base.config_class.model_type.startswith(PREFIX):
+    base_config: Any = base.config_class
+    if base_config.model_type.startswith(PREFIX):
         return base
 
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -246,7 +250,7 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         shrink(self, [freeze(row) for row in config.headlab["groups"]], config.headlab["bias"])
 
     body = {
-        "config_class": config_class(base.config_class),
+        "config_class": config_class(base_config),
         "__init__": __init__,
         "__module__": __name__,
         "__doc__": f"{base.__name__} with fewer heads; made by `headlab.prune`.",
@@ -270,4 +274,4 @@ def _register_models(pruned_config: type[PretrainedConfig], base_config: type[Pr
 for _family in families():
     for _model_type in _family.model_types:
         if _model_type in CONFIG_MAPPING:
-            config_class(CONFIG_MAPPING[_model_type])
+            config_class(CONFIG_MAPPING[_model_type])  # type: ignore[arg-type]  # mypy takes no class for hashable

@@ -146,7 +146,7 @@ class HeadMask(HeadRows):
 
     @property
     def removed(self) -> list[Head]:
-        return sorted(set(head for row in self.labels for head in row) - set(self.kept))
+        return sorted({head for row in self.labels for head in row} - set(self.kept))
 
     def _columns(self, row: int, place: int) -> dict[str, Any]:
         return {"kept": bool(self.rows[row][place])}

@@ -90,7 +90,8 @@ class _Stack:
     """The innermost model around some sites: an encoder, a decoder. It sees where a forward pass begins and ends."""
 
     def __init__(self, owner: nn.Module) -> None:
-        self.owner, self.run = owner, None
+        self.owner = owner
+        self.run: Pass | None = None
         self.awaited: set[str] = set()
         self.fired: set[str] = set()
         self.signature = inspect.signature(owner.forward)

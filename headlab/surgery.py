@@ -72,13 +72,13 @@ def prune(
     small = copy.deepcopy(plain)
     config = small.config
     # The classes change in place: submodules share this config, and the model keeps what was set on it.
-    config.__class__ = pruned.config_class(type(config))
+    config.__class__ = pruned.config_class(type(config))  # type: ignore[arg-type]  # mypy takes no class for hashable
     config.headlab = {
         "groups": groups,
         "bias": [a is not None or r.projection(r.family.o).bias is not None for r, a in zip(found, added, strict=True)],
         "before": before["before"],
     }
-    small.__class__ = pruned.model_class(type(small))
+    small.__class__ = pruned.model_class(type(small))  # type: ignore[arg-type]  # mypy takes no class for hashable
     pruned.shrink(small, groups, config.headlab["bias"])
     for row, extra in zip(rows(small), added, strict=True):
         if extra is not None:

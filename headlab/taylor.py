@@ -150,7 +150,9 @@ def _taylor(
     values: list[np.ndarray] = []
     for stack, members in stacks.items():
         lengths = [len(row.heads) for row in members]
-        for row, total, moved in zip(members, totals[stack].cpu().split(lengths), alive[stack].cpu().split(lengths)):
+        for row, total, moved in zip(
+            members, totals[stack].cpu().split(lengths), alive[stack].cpu().split(lengths), strict=True
+        ):
             if row.slots and not moved.any() and _half(row):
                 raise HeadlabError(
                     f"every float16 gradient in {row.path} is exactly zero: they are too small for float16; use bfloat16 "
@@ -263,7 +265,8 @@ def _magnitudes(model: nn.Module) -> list[np.ndarray]:
         for slot in row.places:
             kv = next(i for i, (_, heads) in enumerate(row.groups) if row.slots[slot] in heads)
             paths = row.family.blocks([slot], [kv], len(row.slots), len(row.groups))
-            picks = [(path, blocks, "out") for path, blocks in paths.items()] + [(row.family.o, [slot], "in")]
+            picks: list[tuple[str, list[int | None], Literal["in", "out"]]]
+            picks = [*((path, blocks, "out") for path, blocks in paths.items()), (row.family.o, [slot], "in")]
             squares = [
                 weight_blocks(row.projection(path), row.d_head, side)[blocks].double().square().sum().item()
                 for path, blocks, side in picks

@@ -128,12 +128,14 @@ def test_blocks_below_a_layer_run_once() -> None:
 
 def test_the_encoder_is_shared_by_the_decoders_heads() -> None:
     model, batch = zoo.build("t5"), zoo.batch_for("t5")
-    runs = {"encoder": 0, "decoder": 0}
+    runs, queries = {"encoder": 0, "decoder": 0}, []
+    model.decoder.block[1].layer[0].SelfAttention.q.register_forward_hook(lambda *_: queries.append(1))
     for name in runs:
         feed_forward = getattr(model, name).block[0].layer[-1]
         feed_forward.register_forward_hook(lambda *_, name=name: runs.__setitem__(name, runs[name] + 1))
     hl.ablation(model, [batch], heads_per_pass=5)
     assert runs == {"encoder": 1 + 1, "decoder": 1 + zoo.LAYERS + 2}  # its two attentions in block 0, none in block 1
+    assert len(queries) == 1 + zoo.LAYERS + 2  # cross-attention is read after self-attention of its block, not with it
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -81,6 +81,13 @@ def test_every_layer_may_lose_all_heads(name: str) -> None:
         ]
 
 
+@pytest.mark.parametrize("name", [*zoo.MHA_GQA_MQA, "gpt2", "bert", "t5"])
+def test_one_head_of_every_layer_in_turn(name: str) -> None:
+    model = build(name)
+    for row in head_rows(model):
+        check(model, name, hl.HeadMask.without(hl.heads(model), [row[row[0].row % len(row)]]))
+
+
 @pytest.mark.parametrize("name", ["gemma3", "qwen3", "llama-gqa", "gpt2", "mistral"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_several_tokens_a_step_on_a_half_filled_cache(name: str, attention: str) -> None:
@@ -167,18 +174,19 @@ def test_sizes_by_hand(name: str, gqa: str) -> None:
 
 
 def test_shapes_of_projections() -> None:
-    model = build("llama-gqa")
-    small = hl.prune(model, hl.HeadMask([[1, 1, 0, 1, 0, 0], [0, 0, 1, 1, 1, 1], [1] * 6]))
-    found = [[tuple(p.weight.shape) for p in (a.q_proj, a.k_proj, a.v_proj, a.o_proj)] for a in
-             (layer.self_attn for layer in small.model.layers)]  # fmt: skip
-    assert found[0] == [(40, 42), (20, 42), (20, 42), (42, 40)]  # heads 0 and 1, head 3 and a slot of zeros
-    assert found[1] == [(40, 42), (20, 42), (20, 42), (42, 40)]
-    assert found[2] == [(60, 42), (30, 42), (30, 42), (42, 60)]
-    padding = small.model.layers[0].self_attn
-    assert not padding.q_proj.weight[30:].any()
-    assert not padding.o_proj.weight[:, 30:].any()
-    dense = model.model.layers[0].self_attn
-    assert torch.equal(padding.q_proj.weight[:30], dense.q_proj.weight[[*range(20), *range(30, 40)]])
+    model = build("llama-bias")  # two groups of three
+    small = hl.prune(model, hl.HeadMask([[1, 1, 0, 0, 1, 0], [0, 0, 0, 1, 1, 1], [1] * 6]))
+    parts = [[getattr(layer.self_attn, f"{part}_proj") for part in "qkvo"] for layer in small.model.layers]
+    shapes = [[tuple(projection.weight.shape) for projection in layer] for layer in parts]
+    assert shapes[0] == [(40, 42), (20, 42), (20, 42), (42, 40)]  # heads 0 and 1, head 4 and a slot of zeros
+    assert shapes[1] == [(30, 42), (10, 42), (10, 42), (42, 30)]
+    assert shapes[2] == [(60, 42), (20, 42), (20, 42), (42, 60)]
+    assert [[len(projection.bias) for projection in layer] for layer in parts] == [[s[0] for s in row] for row in shapes]
+    (q, _, _, o), dense = parts[0], model.model.layers[0].self_attn.q_proj
+    picked = [*range(20), *range(40, 50)]
+    assert torch.equal(q.weight[:30], dense.weight[picked])
+    assert torch.equal(q.bias[:30], dense.bias[picked])
+    assert not any(padding.any() for padding in (q.weight[30:], q.bias[30:], o.weight[:, 30:]))
 
 
 def test_uneven_groups_keep_labels_and_slots() -> None:
@@ -249,14 +257,16 @@ def test_pruning_twice_is_pruning_once(name: str, gqa: str) -> None:
     assert type(smaller) is type(small)
 
 
-def test_from_padded_to_ungrouped() -> None:
+def test_a_padded_model_is_pruned_again() -> None:
     model, batch = build("llama-gqa"), zoo.batch_for("llama-gqa")
-    padded = hl.prune(model, hl.HeadMask([[1, 1, 0, 1, 0, 0], [1] * 6, [1, 0, 1, 1, 1, 1]]))
+    padded = hl.prune(model, hl.HeadMask([[1, 0, 1, 1, 0, 0], [1] * 6, [1, 0, 1, 1, 1, 1]]))
     assert hl.kept(padded)["slots"].tolist() == [4, 6, 6]
     ungrouped = hl.prune(padded, hl.HeadMask([np.ones(len(row)) for row in head_rows(padded)]), gqa="ungroup")
     assert hl.kept(ungrouped)["slots"].tolist() == [3, 6, 5]
     assert hl.kept(ungrouped)["groups"].tolist() == [3, 3, 5]
     near(outputs(ungrouped, batch), outputs(padded, batch))
+    for gone in ("L0H0", "L0H2", "L0H3", "L2H5"):
+        check(padded, "llama-gqa", hl.HeadMask.without(hl.heads(padded), [gone]), hl.fill(padded, [batch]))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "gemma3", "bert-mlm", "t5"])

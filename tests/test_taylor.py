@@ -201,6 +201,23 @@ def test_padding_never_counts(name: str, left: bool) -> None:
         close(more.values, less.values, rtol=1e-6 if name not in PRECISE else 1e-10)
 
 
+@pytest.mark.parametrize("reduction", ["token", "example"])
+def test_padding_does_not_count_even_where_the_loss_reads_it(reduction: str) -> None:
+    model, batch = build64("llama-gqa"), zoo.batch_for("llama-gqa")
+
+    def all_positions(m: nn.Module, b: Any) -> Tensor:
+        return m(**b).logits.square().mean((1, 2))
+
+    with leaves(model) as made:
+        losses = all_positions(model, batch)
+    real = batch["attention_mask"][..., None]
+    gradients = [gradient * real for gradient in torch.autograd.grad(losses.sum(), made)]
+    assert real.sum() < real.numel()
+    expected = [g.abs().sum((0, 1)) if reduction == "token" else g.sum(1).abs().sum(0) for g in gradients]
+    scores = hl.importance(model, [batch], loss=all_positions, reduction=reduction)
+    close(scores.values, [row.numpy() / zoo.BATCH for row in expected])
+
+
 def test_how_batches_are_cut_does_not_matter() -> None:
     model, batch = zoo.build("llama-gqa").double(), zoo.batch_for("llama-gqa")
     cut = [{key: value[part] for key, value in batch.items()} for part in (slice(0, 1), slice(1, 4))]
