@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import HeadlabError
-from .models import PRUNED, inner, tokenizer
+from .families import PRUNED
+from .models import inner, tokenizer
 
 Batch = dict[str, Tensor]
 Batches = Iterable[Batch] | Iterable[str]
@@ -166,27 +167,30 @@ def own_loss(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         spans = [(output.start_logits, batch["start_positions"]), (output.end_logits, batch["end_positions"])]
         if any(((at < 0) | (at >= logits.shape[1])).any() for logits, at in spans):
             raise HeadlabError("an answer starts or ends outside its example's tokens: leave such examples out")
-        start, end = (F.cross_entropy(logits.float(), at, reduction="none") for logits, at in spans)
+        start, end = (F.cross_entropy(_precise(logits), at, reduction="none") for logits, at in spans)
         return (start + end) / 2
-    logits = output.logits
+    logits = _precise(output.logits)
     if kind == "ForSequenceClassification":
-        return _classification(root, logits.float(), batch["labels"])
+        return _classification(root, logits, batch["labels"])
     labels = batch.get("labels")
     if kind == "ForCausalLM":
         real = real_tokens(batch)
         if labels is None:
             labels = batch["input_ids"].masked_fill(~real, IGNORED)
-        seen = real[:, :-1] if real.shape == labels.shape else True  # a left pad has nothing to predict from
-        logits, labels = (
-            logits[:, :-1],
-            labels[:, 1:].masked_fill(~torch.as_tensor(seen, device=labels.device), IGNORED),
-        )
+        if real.shape == labels.shape:
+            labels = labels.masked_fill(~F.pad(real[:, :-1], (1, 0)), IGNORED)  # a left pad has nothing to predict from
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # shifting the labels copies less than cutting the logits
     assert labels is not None
-    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     counted = (labels != IGNORED).sum(-1)
     if not counted.all():
         raise HeadlabError("an example has no token to predict: every example needs at least one label")
     return losses.view(labels.shape).sum(-1) / counted
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """In float32, or more if they come in more."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 _LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label")

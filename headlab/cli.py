@@ -1,7 +1,8 @@
-"""The command line. Every command reads and writes one folder of results; what is there already is used, never replaced."""
+"""The command line. Every command reads and writes one folder; a result that is there is never replaced."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -81,7 +82,10 @@ Text = Annotated[Path, typer.Option("--text", "-t", help="Text file; for classif
 Examples = Annotated[int, typer.Option(min=1, help="How many examples are taken from the text.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens per example.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
-Filled = Annotated[FillKind, typer.Option(help="What stands in for a removed head: zero, or its mean on the text.")]
+Filled = Annotated[
+    FillKind,
+    typer.Option(help="What stands in for a removed head: zero, or its mean (on the text, measured once per folder)."),
+]
 Precision = Annotated[Dtype, typer.Option(help="Of the weights; auto is as they were saved.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 
@@ -181,7 +185,9 @@ def curve(
     model: Model,
     text: Text,
     out: Out = Path("results"),
-    order: Annotated[Order, typer.Option(help="Whose scores decide what goes first; read from the folder.")] = Order.taylor,
+    order: Annotated[
+        Order, typer.Option(help="What goes first; taylor and ablation are read from the folder.")
+    ] = Order.taylor,
     reestimate: Annotated[bool, typer.Option("--reestimate", help="Score again (Taylor) before every step.")] = False,
     unit: Unit = Unit.head,
     steps: Annotated[int, typer.Option(min=1, help="Steps from the whole model to the last fraction.")] = 10,
@@ -229,7 +235,9 @@ def prune(
     model: Model,
     out: Out = Path("results"),
     keep: Annotated[float, typer.Option(help="The share of heads (or groups) that stays.")] = 0.7,
-    order: Annotated[Order, typer.Option(help="Whose scores decide; read from the folder.")] = Order.taylor,
+    order: Annotated[
+        Order, typer.Option(help="What goes first; taylor and ablation are read from the folder.")
+    ] = Order.taylor,
     unit: Unit = Unit.head,
     at_least: Annotated[int, typer.Option(min=0, help="Units of every layer that stay in any case.")] = 0,
     gqa: Annotated[Gqa, typer.Option(help="What to do where groups keep unequal numbers of query heads.")] = Gqa.pad,
@@ -291,6 +299,8 @@ def time(
     from .speed import shapes, timing
 
     grid = _sizes(sizes)
+    if (out / "timing.json").exists():
+        raise HeadlabError(f"{out / 'timing.json'} is there already: move it away, or choose another --out")
     folder = pruned or out / "pruned"
     dense = _load(model, dtype, device)
     small = _load(str(folder), dtype, device)
@@ -310,8 +320,10 @@ def _load(name: str, dtype: Dtype, device: str) -> Any:
     from .models import load
 
     _quieten()
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise HeadlabError("there is no CUDA device on this machine: leave --device out, or choose cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise HeadlabError(f"there is no device {device!r} here ({str(error).splitlines()[0]}): try cpu or cuda") from None
     return load(name, dtype=dtype if dtype is Dtype.auto else getattr(torch, dtype), device=device)
 
 
@@ -419,12 +431,15 @@ def main() -> None:
         _fail(str(error), 1)
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
-    except MemoryError:
-        _fail("out of memory: take fewer or shorter examples (--examples, --length, --batch-size)", 1)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # not a usage error of typer's, whose classes are private: a bug
+        if hasattr(error, "format_message"):  # a usage error of typer's, whose classes are private
+            _fail(f"{error.format_message()} (headlab --help tells more)", 2)
+        if "HEADLAB_DEBUG" in os.environ:
             raise
-        _fail(f"{error.format_message()} (headlab --help tells more)", 2)
+        what = f"{type(error).__name__}: {error}"
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            _fail(f"out of memory: take fewer or shorter examples (--batch-size, --length); {what}", 1)
+        _fail(f"unexpected {what} (HEADLAB_DEBUG=1 shows where)", 1)
     if status == STOPPED:  # which is also how typer reports Ctrl-C
         _fail("stopped; run the same command again to go on", STOPPED)
     sys.exit(status if isinstance(status, int) else 0)

@@ -94,7 +94,7 @@ class Curve(Result):
     def top(self, k: int = 10) -> list[tuple[float, float]]:
         """The k steps that cost least: (fraction removed, change)."""
         steps = zip(self.fractions.tolist(), self.rises.tolist(), strict=True)
-        return sorted(steps, key=lambda step: step[1])[:k]
+        return sorted(steps, key=lambda step: step[1], reverse=self.record.get("metric") is not None)[:k]
 
     def _body(self) -> dict[str, Any]:
         arrays = {"values": self.values.tolist(), "losses": self.losses.tolist()}

@@ -100,6 +100,7 @@ def run(folder: Path, quick: bool = False, seed: int = 0) -> str:
         model: PreTrainedModel = train(size, seed)
         model.save_pretrained(out / "model")
         model = load(out / "model")
+        model.config._name_or_path = str(folder / "model")  # where it will be when this is done
         generator = torch.Generator().manual_seed(seed + 1)
         scoring, testing = ([repeated(32, size.half, generator) for _ in range(2)] for _ in range(2))
 
@@ -122,7 +123,7 @@ def run(folder: Path, quick: bool = False, seed: int = 0) -> str:
             raise HeadlabError(f"the pruned model differs from the masked one by {difference:.2g}: this is a bug in headlab")
         speed = timing({"dense": model, "masked": (model, mask), "pruned": small}, testing[:1], repeats=5)
 
-        for name, result in {"taylor": taylor, "ablation": exact, "mask": mask, "timing": speed}.items():
+        for name, result in {"scores-taylor": taylor, "scores-ablation": exact, "mask": mask, "timing": speed}.items():
             result.save(out / f"{name}.json")
         for name, curve in curves.items():
             curve.save(out / f"curve-{name.lower().replace(' ', '-')}.json")
@@ -144,7 +145,7 @@ def run(folder: Path, quick: bool = False, seed: int = 0) -> str:
             rows="\n".join(f"| {row.layer} | {row.heads} of {row.heads_before} |" for row in left.itertuples()),
             dense=int(lines.loc["dense", "parameters"]), pruned=int(lines.loc["pruned", "parameters"]),
             speedup=lines.loc["pruned", "speedup"], attention=lines.loc["pruned", "attention_speedup"],
-            folder=folder,
+            folder=folder, tolerated=TOLERATED,
         )  # fmt: skip
         write(out / "summary.md", lambda file: file.write_text(summary, encoding="utf-8"))
     return summary
@@ -164,11 +165,11 @@ _SUMMARY = """\
 An attention-only transformer of {layers} layers x {heads} heads learned to repeat {half} random tokens that it has seen
 once. Its loss on the repetition is {dense_loss:.3f} nats (guessing: {chance:.2f}).
 
-**Which heads matter.** Removing one head at a time costs most for {top} nats. One backward pass ranks the heads almost
-alike: rank correlation {rho:.2f} between Taylor scores and exact ablation.
+**Which heads matter.** Removing one head at a time costs most for {top}, in nats. One backward pass ranks all
+heads at once; the rank correlation of its Taylor scores with exact ablation is {rho:.2f}.
 
 **How many can go.** Mean rise of the loss over the whole pruning curve, by order of removal (less is better): {areas}.
-{removed} of {all} heads go without the loss rising by more than 0.05.
+{removed} of {all} heads go without the loss rising by more than {tolerated}.
 
 | layer | heads kept |
 |---|---|

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import Batch, Batches, Loss, check_losses, describe_data, loss_name, own_loss, prepare
+from .batches import Batch, Batches, Loss, check_losses, count_examples, describe_data, loss_name, own_loss, prepare
 from .errors import HeadlabError
 from .families import Attention, child
 from .gates import Fill, StandIn, check_site, masked
@@ -77,6 +77,8 @@ def ablation(
     check_site(site)
     if order not in ("value", "size"):
         raise HeadlabError(f"order is 'value' or 'size', not {order!r}")
+    if fill is not None:
+        fill.check(model)
     data = prepare(model, batches)
     record = {
         "method": "ablation",
@@ -144,7 +146,7 @@ def _changes(
                 steps.append({"batch": number, "row": row.row, "change": change})
                 done[number, row.row] = change
                 bar.update(len(row.heads))
-    empty = [np.zeros((len(batch), 0)) for batch in data]
+    empty = [np.zeros((count_examples([batch]), 0)) for batch in data]
     return [
         np.concatenate([np.array(done[n, row.row]) if row.slots else empty[n] for n in range(len(data))])
         for row in rows(model)

@@ -19,6 +19,7 @@ from torch import nn
 from .errors import HeadlabError
 from .scores import Head
 
+PRUNED = "headlab_"  # how the model type of a pruned model begins: headlab_llama
 Groups = tuple[tuple[int, tuple[int | None, ...]], ...]
 """The heads of one attention module as they lie in its weights: for every key-value head its original number and the
 original numbers of the query heads that read it; None is a padding slot (a query head of zeros)."""

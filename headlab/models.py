@@ -18,16 +18,15 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from . import __version__
 from .errors import HeadlabError
-from .families import Attention, attentions, bare
+from .families import PRUNED, Attention, attentions, bare
 from .scores import Head, Heads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformer_lens.model_bridge import TransformerBridge
-
-PRUNED = "headlab_"  # how the model type of a pruned model begins
 
 
 def load(
@@ -52,6 +51,8 @@ def load(
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    from . import pruned  # noqa: F401 (it tells AutoConfig of pruned models, which may come from the hub too)
+
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False) if not _is_pruned(name) else _pruned_config(name)
         found = _class_of(config).from_pretrained(name, config=config, dtype=dtype)
@@ -221,10 +222,14 @@ def tokenizer(model: nn.Module) -> PreTrainedTokenizerBase | None:
 def fingerprint(model: nn.Module) -> str:
     """Twelve hex digits that tell models apart by their attention weights, in float32 as in bfloat16, plain or bridged."""
     digest = hashlib.sha256()
+    weights: list[Any] = [bare(inner(model).get_input_embeddings()).weight]
     for row in rows(model):
         digest.update(f"{row.family.name} {row.stack} {row.groups}".encode())
-        weight = row.projection(row.family.o).weight.detach().flatten()
-        sample = weight[:: max(1, weight.numel() // 64)][:64]  # [64]
+        paths = (row.family.q, row.family.k, row.family.v, row.family.o) if row.slots else (row.family.o,)
+        weights += [row.projection(path).weight for path in dict.fromkeys(paths)]
+    for weight in weights:
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64]  # [64]
         digest.update(sample.to(device="cpu", dtype=torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:12]
 
@@ -238,6 +243,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "fingerprint": fingerprint(model),
         "dtype": str(plain.dtype).removeprefix("torch."),
         "weights": "folded" if is_folded(model) else "raw",
+        "versions": {"headlab": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 

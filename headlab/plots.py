@@ -73,7 +73,7 @@ def curves(curves: Mapping[str, Curve], title: str = "Pruning curves") -> go.Fig
             what = "loss (nats)"
         if (bounds := curve.intervals()) is not None:
             around = np.concatenate([bounds[:, 1], bounds[::-1, 0]])
-            band = {"fillcolor": colour, "opacity": 0.15, "line_width": 0, "fill": "toself"}
+            band = {"fillcolor": colour, "opacity": 0.15, "line_width": 0, "fill": "toself", "mode": "lines"}
             outline = np.concatenate([x, x[::-1]])
             figure.add_scatter(x=outline, y=around, hoverinfo="skip", showlegend=False, legendgroup=name, **band)
         told = [f"{len(gone)} of {curve.n_heads} heads removed" for gone in curve.removed]

@@ -21,9 +21,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.pytorch_utils import Conv1D
 
 from .errors import HeadlabError
-from .families import Attention, Family, Groups, attentions, families, transposed, weight_blocks
-
-PREFIX = "headlab_"  # model_type of a pruned model: headlab_llama
+from .families import PRUNED, Attention, Family, Groups, attentions, families, transposed, weight_blocks
 
 
 def narrow(model: nn.Module, attention: Attention, groups: Groups, bias: bool) -> None:
@@ -216,7 +214,7 @@ def freeze(groups: Any) -> Groups:
 @functools.cache
 def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
     """The config class of pruned models of a kind, registered with `AutoConfig`."""
-    if base.model_type.startswith(PREFIX):
+    if base.model_type.startswith(PRUNED):
         return base
 
     def __post_init__(self: PretrainedConfig, **kwargs: Any) -> None:
@@ -224,7 +222,7 @@ def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
         _register_models(type(self), base)  # type: ignore[arg-type]  # mypy takes no class for hashable
 
     body = {
-        "model_type": PREFIX + base.model_type,
+        "model_type": PRUNED + base.model_type,
         "headlab": None,
         "__annotations__": {"headlab": dict | None},
         "__post_init__": __post_init__,
@@ -240,7 +238,7 @@ def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
 def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of pruned models that compute what `base` does."""
     base_config: Any = base.config_class
-    if base_config.model_type.startswith(PREFIX):
+    if base_config.model_type.startswith(PRUNED):
         return base
 
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:

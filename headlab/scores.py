@@ -177,13 +177,15 @@ class HeadScores(HeadRows):
 
         A unit is a head, or the heads that read one key-value head. A group's score is the sum of its heads' scores.
         """
+        if unit not in ("head", "group"):
+            raise HeadlabError(f"unit is 'head' or 'group', not {unit!r}")
+        if unit == "group" and self.heads is None:
+            raise HeadlabError("these scores do not know which heads share a key-value head: give them heads=")
         groups: dict[tuple[int, int], list[tuple[Head, float]]] = {}
         for labels, values in zip(self.labels, self.rows, strict=True):
             for place, (head, value) in enumerate(zip(labels, values, strict=True)):
                 key = (head.row, head.group if unit == "group" else place)
                 groups.setdefault(key, []).append((head, float(value)))
-        if unit not in ("head", "group"):
-            raise HeadlabError(f"unit is 'head' or 'group', not {unit!r}")
         units = [(tuple(h for h, _ in members), sum(v for _, v in members)) for members in groups.values()]
         return sorted(units, key=lambda item: item[1])
 

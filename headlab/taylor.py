@@ -141,9 +141,10 @@ def _taylor(
     stacks = {stack: [row for row in found if row.stack == stack] for stack in dict.fromkeys(row.stack for row in found)}
     totals: dict[str, Tensor] = {}  # per stack, [head]
     alive: dict[str, Tensor] = {}  # whether any gradient of the head was not exactly zero
+    carrying: set[int] = set()
     with evaluating(model):
         for number, batch in enumerate(tqdm(data, desc="importance", unit="batch", disable=None)):
-            for stack, gradient in _gradients(model, stacks, batch, loss, fill, number).items():
+            for stack, gradient in _gradients(model, stacks, batch, loss, fill, number, carrying).items():
                 total, moved = _reduce(gradient.double(), reduction), (gradient != 0).flatten(0, 1).any(0)
                 totals[stack] = totals[stack] + total if stack in totals else total
                 alive[stack] = alive[stack] | moved if stack in alive else moved
@@ -153,7 +154,7 @@ def _taylor(
         for row, total, moved in zip(
             members, totals[stack].cpu().split(lengths), alive[stack].cpu().split(lengths), strict=True
         ):
-            if row.slots and not moved.any() and _half(row):
+            if row.row in carrying and not moved.any():
                 raise HeadlabError(
                     f"every float16 gradient in {row.path} is exactly zero: they are too small for float16; use bfloat16 "
                     "(hl.load(..., dtype=torch.bfloat16)), or scale the loss up (loss=lambda m, b: 1024 * ...)"
@@ -162,10 +163,6 @@ def _taylor(
             n = sum(int(real_tokens(b, stack).sum()) for b in data) if by_tokens else count_examples(data)
             values.append(total.numpy() / n)
     return values
-
-
-def _half(row: Attention) -> bool:
-    return row.projection(row.family.o).weight.dtype == torch.float16
 
 
 def _reduce(gradient: Tensor, reduction: Reduction) -> Tensor:
@@ -188,10 +185,12 @@ def _gradients(
     loss: Loss,
     fill: Fill | None,
     number: int,
+    carrying: set[int],
 ) -> dict[str, Tensor]:
     """dL/dxi of every example, position and head of a stack, [batch, pos, head], zero at padding.
 
-    Where the loss runs the model several times, the passes follow one another along `pos`.
+    Where the loss runs the model several times, the passes follow one another along `pos`. `carrying` gets the float16
+    rows whose gradients are not zero for the plain reason that their heads are all masked.
     """
     found = [row for members in stacks.values() for row in members]
     passes: list[list[tuple[Tensor, Tensor]]] = [[] for _ in found]  # gates, and which positions are real
@@ -201,7 +200,10 @@ def _gradients(
         precise = torch.promote_types(z.dtype, torch.float32)
         xi = torch.ones(z.shape[:3], dtype=precise, device=z.device, requires_grad=True)
         passes[row.row].append((xi, run.real))
-        return _Gate.apply(z, xi, None if stand_in is None else stand_in(row, z, run))
+        other = None if stand_in is None else stand_in(row, z, run)
+        if z.dtype == torch.float16 and bool((z if other is None else z - other).any()):
+            carrying.add(row.row)
+        return _Gate.apply(z, xi, other)
 
     with torch.enable_grad(), at_sites(model, gate, found):
         losses = check_losses(loss(model, batch), batch)

@@ -49,7 +49,7 @@ def read_batches(
     """Batches for a model's own loss, from a file.
 
     A causal language model reads running text; so does a masked one, which has to find 15 % of the tokens again (drawn by
-    `seed`). A file that ends in `.jsonl` has an example a line: `{"text": ..., "label": ...}` for a classifier,
+    `seed`). Other models read JSON lines: `{"text": ..., "label": ...}` for a classifier (the label a number),
     `{"text": ..., "target": ...}` for an encoder-decoder; texts are cut to `length` tokens and padded.
 
     Raises:
@@ -90,11 +90,13 @@ def _hide_tokens(tokenizer: PreTrainedTokenizerBase, batches: list[dict[str, Ten
 
 def _json_lines(text: str, path: str | Path, wanted: str) -> list[dict[str, str | int | float]]:
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            if not isinstance(row["text"], str) or not isinstance(row[wanted], str if wanted == "target" else int | float):
+                raise TypeError
             rows.append({"text": row["text"], wanted: row[wanted]})
         except (json.JSONDecodeError, KeyError, TypeError):
             raise HeadlabError(

@@ -169,7 +169,8 @@ def test_every_mistake_is_one_line(failing: Callable[..., str], model: Path, tex
     assert "No such command" in failing("frobnicate")
     assert "Invalid value" in failing("score", model, "-t", text, *out, "--reduction", "median")
     if not torch.cuda.is_available():
-        assert "no CUDA device" in failing("score", model, "-t", text, *out, "--device", "cuda")
+        assert "there is no device 'cuda'" in failing("score", model, "-t", text, *out, "--device", "cuda")
+    assert "there is no device 'gpu'" in failing("score", model, "-t", text, *out, "--device", "gpu")
 
 
 def test_scores_of_another_model_are_refused(
@@ -223,3 +224,20 @@ def test_help_needs_none_of_the_heavy_libraries() -> None:
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "Commands" in said
     assert "heavy: []" in said
+
+
+def test_what_nobody_expected_is_one_line_too(
+    run: Run, failing: Callable[..., str], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the sky\nfell")
+
+    monkeypatch.setattr("headlab.exact.ablation", fail)
+    said = failing("ablate", model, "-t", text, "-o", tmp_path / "results", *SMALL)
+    assert said == "headlab: unexpected RuntimeError: the sky fell (HEADLAB_DEBUG=1 shows where)\n"
+
+
+def test_a_timing_is_not_replaced(run: Run, failing: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    assert run("prune", model, "-o", tmp_path, "--order", "random")[0] == 0
+    assert run("time", model, "-o", tmp_path, "--sizes", "1x3", "--repeats", 1)[0] == 0
+    assert "is there already" in failing("time", model, "-o", tmp_path, "--sizes", "1x3")

@@ -288,3 +288,11 @@ def test_plain_equals_bridge(name: str) -> None:
     plain, bridged = (hl.pruning_curve(m, some_scores(model), batches, [0.5]) for m in (model, hl.bridge(model)))
     assert plain.removed == bridged.removed
     np.testing.assert_allclose(plain.losses, bridged.losses, atol=1e-5)
+
+
+def test_top_puts_the_highest_metric_first() -> None:
+    steps = [[], ["L0H0"], ["L0H0", "L0H1"]]
+    loss = hl.Curve(steps, np.array([1.0, 1.5, 1.2]), np.zeros(0), 2)
+    metric = hl.Curve(steps, np.array([0.9, 0.8, 0.4]), np.zeros(0), 2, {"metric": "accuracy"})
+    assert [fraction for fraction, _ in loss.top(3)] == [0, 1, 0.5]
+    assert [fraction for fraction, _ in metric.top(3)] == [0, 0.5, 1]

@@ -53,7 +53,7 @@ def test_the_demo_writes_results_that_agree_with_each_other(folder: Path) -> Non
     with torch.inference_mode(), hl.masked(model, mask):
         expected = model(**batch).logits
     assert torch.allclose(small(**batch).logits, expected, atol=1e-5)
-    assert isinstance(hl.Result.load(folder / "ablation.json"), hl.AblationScores)
+    assert isinstance(hl.Result.load(folder / "scores-ablation.json"), hl.AblationScores)
     curve = hl.Curve.load(folder / "curve-taylor.json")
     assert curve.fractions[-1] == 1
     assert "heads go without the loss rising" in (folder / "summary.md").read_text(encoding="utf-8")

@@ -303,3 +303,18 @@ class _Diverges(_Killed):
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         self.first = self.first or int(batch["input_ids"][0, 0])
         return super().__call__(model, batch) / (int(batch["input_ids"][0, 0]) == self.first)
+
+
+def test_a_model_whose_first_layer_is_empty_has_statistics_too() -> None:
+    model = zoo.build("llama-gqa")
+    small = hl.prune(model, hl.HeadMask.without(hl.heads(model), [f"L0H{i}" for i in range(6)]))
+    scores = hl.ablation(small, [zoo.batch_for("llama-gqa")])
+    assert [len(row) for row in scores.columns["p"]] == [0, 6, 6]
+    alone = {name: value[:1] for name, value in zoo.batch_for("llama-gqa").items()}
+    assert "p" not in hl.ablation(small, [alone]).columns
+
+
+def test_a_fill_of_another_model_is_refused() -> None:
+    fill = hl.fill(zoo.build("llama-gqa", seed=1), [zoo.batch_for("llama-gqa")])
+    with pytest.raises(hl.HeadlabError, match="measured on another model"):
+        hl.ablation(zoo.build("llama-gqa"), [zoo.batch_for("llama-gqa")], fill=fill)

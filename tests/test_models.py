@@ -240,6 +240,7 @@ def test_a_description_says_what_was_used() -> None:
         "fingerprint": models.fingerprint(model),
         "dtype": "bfloat16",
         "weights": "raw",
+        "versions": {"headlab": hl.__version__, "torch": torch.__version__, "transformers": hf.__version__},
     }
 
 
@@ -268,3 +269,12 @@ def test_any_model_takes_the_probe(name: str) -> None:
     model = zoo.build(name)
     with torch.no_grad():
         assert torch.isfinite(model(**models.probe_batch(model))[0]).all()
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_any_changed_projection_changes_the_fingerprint(projection: str) -> None:
+    model = zoo.build("llama-gqa")
+    before = models.fingerprint(model)
+    with torch.no_grad():
+        getattr(model.model.layers[1].self_attn, projection).weight.mul_(1.5)
+    assert models.fingerprint(model) != before

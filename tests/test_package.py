@@ -48,7 +48,8 @@ def _is_for_types(node: ast.AST) -> bool:
 
 
 def own(path: Path) -> set[str]:
-    return {name.split(".")[1] for name, _ in imports(path) if name.startswith("headlab.")}
+    modules = {name.split(".")[1] for name, _ in imports(path) if name.startswith("headlab.")}
+    return modules - {"__version__"}
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -65,3 +65,11 @@ def test_models_are_left_as_they_were() -> None:
     hl.timing({"dense": model}, shapes(model, [(1, 3)]), repeats=1)
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_batches_of_the_same_shape_stay_apart() -> None:
+    model = zoo.build("llama-mha")
+    small = hl.prune(model, hl.importance(model, method="random").keep(0.5))
+    frame = hl.timing({"dense": model, "pruned": small}, shapes(model, [(1, 3), (1, 3)]), repeats=1).to_frame()
+    times = frame["ms"].tolist()
+    assert frame["speedup"].tolist() == [1, times[0] / times[1], 1, times[2] / times[3]]

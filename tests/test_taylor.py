@@ -291,5 +291,8 @@ def test_bad_options() -> None:
     other = hl.fill(zoo.build("llama-gqa", seed=1), [batch])
     with pytest.raises(hl.HeadlabError, match="another model"):
         hl.importance(model, [batch], fill=other)
+    halves = [{key: value[part] for key, value in batch.items()} for part in (slice(0, 1), slice(1, 4))]
+    with pytest.raises(hl.HeadlabError, match=r"batches of different sizes, \[1, 3\]"):
+        hl.importance(model, [batch], loss=lambda m, _: torch.cat([hl.own_loss(m, half) for half in halves]))
     with pytest.raises(hl.HeadlabError, match="detached"):
         hl.importance(model, [batch], loss=lambda m, b: hl.own_loss(m, b).detach())

@@ -186,3 +186,12 @@ def test_a_model_without_heads_has_no_scores() -> None:
     bare = hl.prune(model, hl.HeadMask([[0] * 6] * 3))
     assert [len(row) for row in hl.importance(bare, [batch]).values] == [0, 0, 0]
     assert [len(row) for row in hl.ablation(bare, [batch]).values] == [0, 0, 0]
+
+
+def test_a_layer_that_is_masked_has_zero_gradients_without_an_error() -> None:
+    model, batch = zoo.build("llama-gqa").half(), zoo.batch_for("llama-gqa")
+    mask = hl.HeadMask.without(hl.heads(model), [f"L1H{i}" for i in range(6)])
+    with hl.masked(model, mask):
+        scores = hl.importance(model, [batch])
+    assert (scores.values[1] == 0).all()
+    assert (scores.values[0] > 0).all()

@@ -75,7 +75,7 @@ def test_json_lines_for_a_classifier_and_an_encoder_decoder(folders: dict[str, P
     assert (translated["labels"] == -100).sum(-1).tolist() == [2, 0, 3]
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"text": "a"}'])
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"text": "a"}', '{"text": "a", "label": "good"}'])
 def test_a_line_that_does_not_fit_is_named(line: str, folders: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a", "label": 1}\n' + line, encoding="utf-8")
