@@ -139,7 +139,7 @@ def study(
         curves = {
             name: hl.pruning_curve(
                 model, scores, testing, FRACTIONS, loss=loss if metric is None else None, metric=metric, unit=unit,
-                fill=fill if "mean" in name else None, log=out / f"curve-{name.replace(' ', '-')}-{unit}.log.jsonl",
+                fill=fill if "mean" in name else None, log=out / f"{file_name(name, unit)}.log.jsonl",
             )
             for name, scores in orders.items()
         }  # fmt: skip
@@ -149,11 +149,15 @@ def study(
         show(f"By {unit}: {'rise of the loss' if metric is None else 'metric'} at heads removed", table)
         plots.save_html(plots.curves(curves, f"{out.name}: pruning by {unit}"), out / f"curves-{unit}.html")
         for name, curve in curves.items():
-            curve.save(out / f"curve-{name.replace(' ', '-')}-{unit}.json")
+            curve.save(out / f"{file_name(name, unit)}.json")
     exact.save(out / "ablation.json")
     orders["Taylor"].save(out / "taylor.json")
     plots.save_html(plots.heads(exact), out / "ablation.html")
     plots.save_html(plots.against(orders["Taylor"], exact), out / "taylor-against-ablation.html")
+
+
+def file_name(order: str, unit: str) -> str:
+    return "-".join(["curve", *order.replace(",", "").split(), unit])
 
 
 def half(model: nn.Module, masks: dict[str, hl.HeadMask], batches: list[dict[str, Tensor]], out: Path) -> None:
