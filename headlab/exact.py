@@ -25,7 +25,7 @@ from .gates import Fill, StandIn, check_site, masked
 from .models import describe, evaluating, head_rows, inner, rows
 from .results import RowLog
 from .scores import HeadScores
-from .sites import Pass, at_sites, replaying
+from .sites import Pass, at_sites, first_broken, replaying
 
 ALPHA = 0.01  # the significance level of Michel et al. 2019, tables 1 to 3
 
@@ -204,7 +204,12 @@ class _Clean:
     def _checked(self, batch: Batch) -> Tensor:
         losses = check_losses(self.loss(self.model, batch), batch).double()
         if not bool(losses.isfinite().all()):
-            raise HeadlabError(f"the loss of batch {self.number} is NaN or infinite")
+            where = (
+                "with heads removed"
+                if hasattr(self, "losses")
+                else first_broken(self.model, lambda: self.loss(self.model, batch))
+            )
+            raise HeadlabError(f"the loss of batch {self.number} is NaN or infinite; {where}")
         return losses
 
     @contextmanager

@@ -86,6 +86,21 @@ def at_sites(model: nn.Module, edit: Edit, wanted: Sequence[Attention] | None = 
         yield
 
 
+def first_broken(model: nn.Module, run: Callable[[], object]) -> str:
+    """In words, the first head in forward order whose output is not finite when `run` runs the model."""
+    broken: list[str] = []
+
+    def look(row: Attention, z: Tensor, _: Pass) -> None:
+        bad = (~z.isfinite()).any(-1).any(0).any(0)  # [slot]
+        broken.extend(str(head) for head, slot in zip(row.heads, row.places, strict=True) if bad[slot])
+
+    with torch.no_grad(), at_sites(model, look):
+        run()
+    if broken:
+        return f"head {broken[0]} was the first whose output was so"
+    return "the outputs of all heads are finite, so it appeared after them"
+
+
 class _Stack:
     """The innermost model around some sites: an encoder, a decoder. It sees where a forward pass begins and ends."""
 

@@ -30,7 +30,7 @@ from .families import Attention, weight_blocks
 from .gates import Fill, StandIn, check_site
 from .models import describe, evaluating, head_rows, is_folded, rows
 from .scores import HeadScores
-from .sites import Pass, at_sites
+from .sites import Pass, at_sites, first_broken
 
 Reduction = Literal["token", "example", "batch", "signed"]
 Denominator = Literal["examples", "tokens", "published"]
@@ -190,7 +190,7 @@ def _gradients(
     """dL/dxi of every example, position and head of a stack, [batch, pos, head], zero at padding.
 
     Where the loss runs the model several times, the passes follow one another along `pos`. `carrying` gets the float16
-    rows whose gradients are not zero for the plain reason that their heads are all masked.
+    rows whose heads carry anything: where all are masked, a gradient of zero is no underflow.
     """
     found = [row for members in stacks.values() for row in members]
     passes: list[list[tuple[Tensor, Tensor]]] = [[] for _ in found]  # gates, and which positions are real
@@ -208,7 +208,9 @@ def _gradients(
     with torch.enable_grad(), at_sites(model, gate, found):
         losses = check_losses(loss(model, batch), batch)
         if not bool(losses.isfinite().all()):
-            raise HeadlabError(f"the loss of batch {number} is NaN or infinite; {_first_broken(model, batch, loss)}")
+            raise HeadlabError(
+                f"the loss of batch {number} is NaN or infinite; {first_broken(model, lambda: loss(model, batch))}"
+            )
         leaves = [xi for of_row in passes for xi, _ in of_row]
         if leaves and not losses.requires_grad:
             raise HeadlabError("the loss has no gradient: it must follow from the model's output, not detached from it")
@@ -241,21 +243,6 @@ def _joined(members: Sequence[Attention], of_rows: Sequence[Sequence[tuple[Tenso
         offset += len(members[i].slots)
     joined = torch.cat(parts, 1)
     return joined if slots == list(range(offset)) else joined[..., slots]
-
-
-def _first_broken(model: nn.Module, batch: Batch, loss: Loss) -> str:
-    """In words, the first head in forward order whose output is not finite."""
-    broken: list[str] = []
-
-    def look(row: Attention, z: Tensor, run: Pass) -> None:
-        bad = (~z.isfinite()).any(-1).any(0).any(0)  # [slot]
-        broken.extend(str(head) for head, slot in zip(row.heads, row.places, strict=True) if bad[slot])
-
-    with torch.no_grad(), at_sites(model, look):
-        loss(model, batch)
-    if broken:
-        return f"head {broken[0]} was the first whose output was so"
-    return "the outputs of all heads are finite, so it appeared after them"
 
 
 def _magnitudes(model: nn.Module) -> list[np.ndarray]:

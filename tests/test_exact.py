@@ -318,3 +318,11 @@ def test_a_fill_of_another_model_is_refused() -> None:
     fill = hl.fill(zoo.build("llama-gqa", seed=1), [zoo.batch_for("llama-gqa")])
     with pytest.raises(hl.HeadlabError, match="measured on another model"):
         hl.ablation(zoo.build("llama-gqa"), [zoo.batch_for("llama-gqa")], fill=fill)
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_the_first_head() -> None:
+    model = zoo.build("llama-mha")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[20:30] = torch.inf  # of head 2
+    with pytest.raises(hl.HeadlabError, match="loss of batch 0 is NaN or infinite; head L1H2 was the first"):
+        hl.ablation(model, [zoo.batch_for("llama-mha")])
