@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from . import plots
     from .batches import own_loss
     from .curves import Curve, pruning_curve
+    from .dcmha.maps import CompositionMaps, composition_maps
     from .errors import HeadlabError
     from .exact import AblationScores, ablation
     from .families import Family, register
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOME = {  # no module may have the name of something public: importing it would hide the other
     "batches": ("own_loss",),
     "curves": ("Curve", "pruning_curve"),
+    "dcmha.maps": ("CompositionMaps", "composition_maps"),
     "errors": ("HeadlabError",),
     "exact": ("AblationScores", "ablation"),
     "families": ("Family", "register"),
@@ -43,9 +45,10 @@ _HOME = {  # no module may have the name of something public: importing it would
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "AblationScores", "Curve", "Family", "Fill", "Head", "HeadMask", "HeadScores", "HeadlabError", "Result", "Timing",
-    "ablation", "bridge", "capture", "fill", "heads", "importance", "kept", "load", "masked", "own_loss", "plots",
-    "prune", "pruning_curve", "read_batches", "register", "save_pruned", "text_batches", "timing",
+    "AblationScores", "CompositionMaps", "Curve", "Family", "Fill", "Head", "HeadMask", "HeadScores", "HeadlabError",
+    "Result", "Timing", "ablation", "bridge", "capture", "composition_maps", "fill", "heads", "importance", "kept",
+    "load", "masked", "own_loss", "plots", "prune", "pruning_curve", "read_batches", "register", "save_pruned",
+    "text_batches", "timing",
 ]  # fmt: skip
 
 

@@ -5,23 +5,41 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import folder
 from .errors import HeadlabError
+from .options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Examples,
+    Filled,
+    FillKind,
+    Gqa,
+    Length,
+    Method,
+    Model,
+    Order,
+    Out,
+    Precision,
+    Reduction,
+    Site,
+    Text,
+    Unit,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .batches import Batch
-    from .gates import Fill
     from .scores import HeadScores
 
 app = typer.Typer(
-    help="Attention heads of transformers: score them, remove them one by one, prune the model, time it.",
+    help="Attention heads of transformers: score them, remove them one by one, see how they are composed, prune the model, "
+    "time it.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -33,63 +51,6 @@ def _help(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-class Reduction(StrEnum):
-    token = "token"
-    example = "example"
-    batch = "batch"
-    signed = "signed"
-
-
-class Method(StrEnum):
-    taylor = "taylor"
-    magnitude = "magnitude"
-    random = "random"
-
-
-class Order(StrEnum):
-    taylor = "taylor"
-    ablation = "ablation"
-    magnitude = "magnitude"
-    random = "random"
-
-
-class FillKind(StrEnum):
-    zero = "zero"
-    mean = "mean"
-
-
-class Unit(StrEnum):
-    head = "head"
-    group = "group"
-
-
-class Gqa(StrEnum):
-    pad = "pad"
-    ungroup = "ungroup"
-    strict = "strict"
-
-
-class Dtype(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-Model = Annotated[str, typer.Argument(help="A hub name, or a folder.", metavar="MODEL")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of results, read and written.")]
-Text = Annotated[Path, typer.Option("--text", "-t", help="Text file; for classifiers and encoder-decoders JSON lines.")]
-Examples = Annotated[int, typer.Option(min=1, help="How many examples are taken from the text.")]
-Length = Annotated[int, typer.Option(min=1, help="Tokens per example.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
-Filled = Annotated[
-    FillKind,
-    typer.Option(help="What stands in for a removed head: zero, or its mean (on the text, measured once per folder)."),
-]
-Precision = Annotated[Dtype, typer.Option(help="Of the weights; auto is as they were saved.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
-
-
 @app.command()
 def demo(
     out: Out = Path("demo"),
@@ -99,7 +60,7 @@ def demo(
     """Train a small attention-only model, score its heads, draw pruning curves, prune it and check the result."""
     from .demo import run
 
-    _quieten()
+    folder.quieten()
     typer.echo(run(out, quick, seed))
     typer.echo(f"Everything is in {out}: begin with {out / 'summary.md'} and {out / 'curves.html'}.")
 
@@ -112,6 +73,7 @@ def score(
     method: Method = Method.taylor,
     reduction: Reduction = Reduction.example,
     normalize: Annotated[bool, typer.Option("--normalize", help="Divide by the layer's l2 norm.")] = False,
+    site: Site = "output",
     fill: Filled = FillKind.zero,
     examples: Examples = 16,
     length: Length = 64,
@@ -124,22 +86,24 @@ def score(
     from . import plots
     from .taylor import importance
 
-    loaded = _load(model, dtype, device)
+    loaded = folder.open_model(model, dtype, device)
     data = None
     if method is Method.taylor:
-        data = _batches(loaded, _needed(text), examples, length, batch_size, seed)
+        data = folder.batches(loaded, folder.needed(text), examples, length, batch_size, seed)
     scores = importance(
         loaded,
         data,
         method=method.value,
         reduction=reduction.value,
         normalize="layer" if normalize else None,
-        fill=None if data is None else _fill(loaded, data, fill, out),
+        fill=None if data is None else folder.fill(loaded, data, fill, out),
+        site=site,
         seed=seed,
     )
-    scores = _store(scores, out / f"scores-{method}.json")
-    plots.save_html(plots.heads(scores), out / f"scores-{method}.html")
-    _show_top(scores, out / f"scores-{method}.json")
+    name = folder.named(f"scores-{method}", site)
+    scores = folder.store(scores, out / f"{name}.json")
+    plots.save_html(plots.heads(scores), out / f"{name}.html")
+    _show_top(scores, out / f"{name}.json")
 
 
 @app.command()
@@ -149,6 +113,7 @@ def ablate(
     out: Out = Path("results"),
     keep_one: Annotated[bool, typer.Option("--keep-one", help="Remove every other head of the layer instead.")] = False,
     by_size: Annotated[bool, typer.Option("--by-size", help="Score by the size of the change, not its value.")] = False,
+    site: Site = "output",
     fill: Filled = FillKind.zero,
     examples: Examples = 16,
     length: Length = 64,
@@ -161,22 +126,24 @@ def ablate(
     from . import plots
     from .exact import ablation
 
-    loaded = _load(model, dtype, device)
-    data = _batches(loaded, text, examples, length, batch_size, seed)
-    name = "scores-keep-one" if keep_one else "scores-ablation"
+    loaded = folder.open_model(model, dtype, device)
+    data = folder.batches(loaded, text, examples, length, batch_size, seed)
+    name = folder.named("scores-keep-one" if keep_one else "scores-ablation", site)
     scores = ablation(
         loaded,
         data,
         keep_one=keep_one,
         order="size" if by_size else "value",
-        fill=_fill(loaded, data, fill, out),
+        fill=folder.fill(loaded, data, fill, out),
+        site=site,
         log=out / f"{name}.log.jsonl",
     )
-    scores = _store(scores, out / f"{name}.json")
-    _write_csv(scores, out / f"{name}.csv")
+    scores = folder.store(scores, out / f"{name}.json")
+    folder.write_csv(scores, out / f"{name}.csv")
     plots.save_html(plots.heads(scores), out / f"{name}.html")
-    if (taylor := out / "scores-taylor.json").exists() and not keep_one:
-        plots.save_html(plots.against(_read_scores(taylor), scores), out / "taylor-against-ablation.html")
+    if (taylor := out / f"{folder.named('scores-taylor', site)}.json").exists() and not keep_one:
+        figure = plots.against(folder.read_scores(taylor), scores)
+        plots.save_html(figure, out / f"{folder.named('taylor-against-ablation', site)}.html")
     _show_top(scores, out / f"{name}.json")
 
 
@@ -190,6 +157,7 @@ def curve(
     ] = Order.taylor,
     reestimate: Annotated[bool, typer.Option("--reestimate", help="Score again (Taylor) before every step.")] = False,
     unit: Unit = Unit.head,
+    site: Site = "output",
     steps: Annotated[int, typer.Option(min=1, help="Steps from the whole model to the last fraction.")] = 10,
     until: Annotated[float, typer.Option(help="The last fraction of heads removed.")] = 1.0,
     fill: Filled = FillKind.zero,
@@ -205,23 +173,21 @@ def curve(
     from .curves import Curve, pruning_curve
     from .taylor import importance
 
-    loaded = _load(model, dtype, device)
-    data = _batches(loaded, text, examples, length, batch_size, seed)
-    stand_in = _fill(loaded, data, fill, out)
+    loaded = folder.open_model(model, dtype, device)
+    data = folder.batches(loaded, text, examples, length, batch_size, seed)
+    stand_in = folder.fill(loaded, data, fill, out)
     scores: HeadScores | Callable[[nn.Module], HeadScores]
     if reestimate:
-        scores = lambda m: importance(m, data, fill=stand_in)  # noqa: E731
-    elif order in (Order.random, Order.magnitude):
-        scores = importance(loaded, method=order.value, seed=seed)  # type: ignore[arg-type]
+        scores = lambda m: importance(m, data, fill=stand_in, site=site)  # noqa: E731
     else:
-        scores = _read_scores(out / f"scores-{order}.json")
+        scores = folder.ordered(loaded, order, site, seed, out)
     parts = ["reestimated" if reestimate else order, "group" if unit is Unit.group else "", "mean" if stand_in else ""]
-    name = "-".join(filter(None, ["curve", *parts]))
+    name = folder.named("-".join(filter(None, ["curve", *parts])), site)
     fractions = [until * step / steps for step in range(steps + 1)]
     log = out / f"{name}.log.jsonl"
-    result = pruning_curve(loaded, scores, data, fractions, fill=stand_in, unit=unit.value, log=log)
-    result = _store(result, out / f"{name}.json")
-    _write_csv(result, out / f"{name}.csv")
+    result = pruning_curve(loaded, scores, data, fractions, fill=stand_in, unit=unit.value, site=site, log=log)
+    result = folder.store(result, out / f"{name}.json")
+    folder.write_csv(result, out / f"{name}.csv")
     found = {file.stem.removeprefix("curve-"): Curve.load(file) for file in sorted(out.glob("curve-*.json"))}
     plots.save_html(plots.curves(found), out / "curves.html")
     typer.echo(result.to_frame().to_string(index=False, float_format="{:.4g}".format))
@@ -241,6 +207,7 @@ def prune(
     unit: Unit = Unit.head,
     at_least: Annotated[int, typer.Option(min=0, help="Units of every layer that stay in any case.")] = 0,
     gqa: Annotated[Gqa, typer.Option(help="What to do where groups keep unequal numbers of query heads.")] = Gqa.pad,
+    site: Site = "output",
     fill: Annotated[FillKind, typer.Option(help="zero, or the means that an earlier command measured.")] = FillKind.zero,
     to: Annotated[Path | None, typer.Option(help="Folder of the pruned model; by default OUT/pruned.")] = None,
     seed: int = 0,
@@ -254,31 +221,27 @@ def prune(
     from .models import inner, probe_batch, tokenizer
     from .surgery import kept, save_pruned
     from .surgery import prune as pruned
-    from .taylor import importance
 
-    loaded = _load(model, dtype, device)
-    if order in (Order.random, Order.magnitude):
-        scores = importance(loaded, method=order.value, seed=seed)  # type: ignore[arg-type]
-    else:
-        scores = _read_scores(out / f"scores-{order}.json")
+    loaded = folder.open_model(model, dtype, device)
+    scores = folder.ordered(loaded, order, site, seed, out)
     mask = scores.keep(keep, unit=unit.value, at_least=at_least)
     means = None if fill is FillKind.zero else Fill.load(out / "fill-mean.safetensors")
-    small = pruned(loaded, mask, means, gqa=gqa.value)
+    small = pruned(loaded, mask, means, gqa.value, site)
     batch = probe_batch(loaded)
     with torch.inference_mode():
-        with masked(loaded, mask, means):
+        with masked(loaded, mask, means, site):
             expected = inner(loaded)(**batch)[0]
         difference = (inner(small)(**batch)[0] - expected).abs().max().item()
-    folder = to or out / "pruned"
-    save_pruned(small, folder, tokenizer(loaded))
-    mask.save(out / f"{folder.name}-mask.json")
+    target = to or out / folder.named("pruned", site)
+    save_pruned(small, target, tokenizer(loaded))
+    mask.save(out / f"{target.name}-mask.json")
     left = kept(small)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (loaded, small))
     typer.echo(left.to_string(index=False))
     typer.echo(
         f"{len(mask.removed)} of {len(mask)} heads removed: {left['slots'].sum()} query slots and {left['groups'].sum()} "
         f"key-value groups are left, {after:,} of {before:,} parameters; largest difference from the masked model "
-        f"{difference:.1e}; written to {folder}"
+        f"{difference:.1e}; written to {target}"
     )
 
 
@@ -301,103 +264,55 @@ def time(
     grid = _sizes(sizes)
     if (out / "timing.json").exists():
         raise HeadlabError(f"{out / 'timing.json'} is there already: move it away, or choose another --out")
-    folder = pruned or out / "pruned"
-    dense = _load(model, dtype, device)
-    small = _load(str(folder), dtype, device)
-    mask = HeadMask.without(heads(dense), {str(head) for head in heads(dense)} - {str(head) for head in heads(small)})
-    models = {"dense": dense, "masked": (dense, mask), "pruned": small}
+    target = pruned or out / "pruned"
+    dense = folder.open_model(model, dtype, device)
+    small = folder.open_model(str(target), dtype, device)
+    if (saved := out / f"{target.name}-mask.json").exists():
+        mask = HeadMask.load(saved)
+    else:
+        mask = HeadMask.without(heads(dense), {str(head) for head in heads(dense)} - {str(head) for head in heads(small)})
+    site = mask.record.get("scores", {}).get("site", "output")
+    models = {"dense": dense, "masked": (dense, mask, site), "pruned": small}
     result = timing(models, shapes(dense, grid), repeats=repeats)
     result.save(out / "timing.json")
-    _write_csv(result, out / "timing.csv")
+    folder.write_csv(result, out / "timing.csv")
     plots.save_html(plots.timing(result), out / "timing.html")
     typer.echo(result.to_frame().to_string(index=False, float_format="{:.4g}".format))
     typer.echo(f"medians of {repeats} passes on {result.record['device']}; written to {out / 'timing.json'}")
 
 
-def _load(name: str, dtype: Dtype, device: str) -> Any:
-    import torch
-
-    from .models import load
-
-    _quieten()
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise HeadlabError(f"there is no device {device!r} here ({str(error).splitlines()[0]}): try cpu or cuda") from None
-    return load(name, dtype=dtype if dtype is Dtype.auto else getattr(torch, dtype), device=device)
-
-
-def _quieten() -> None:
-    """Leave stderr to headlab's own progress bars and errors."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-
-
-def _needed(text: Path | None) -> Path:
-    if text is None:
-        raise HeadlabError("this method needs a text: --text FILE")
-    return text
-
-
-def _batches(model: nn.Module, text: Path, examples: int, length: int, batch_size: int, seed: int) -> list[Batch]:
-    from .batches import prepare
-    from .texts import read_batches
-
-    found = read_batches(model, text, examples=examples, length=length, batch_size=batch_size, seed=seed)
-    return list(prepare(model, found))
-
-
-def _fill(model: nn.Module, data: list[Batch], kind: FillKind, out: Path) -> Fill | None:
-    """The means of the folder, measured now if they are not there yet."""
-    from .gates import Fill, fill
-
-    if kind is FillKind.zero:
-        return None
-    path = out / "fill-mean.safetensors"
-    if path.exists():
-        found = Fill.load(path)
-        found.check(model)
-        return found
-    found = fill(model, data)
-    found.save(path)
-    return found
-
-
-def _read_scores(path: Path) -> HeadScores:
-    from .scores import HeadScores
-
-    if not path.exists():
-        command = "ablate" if "ablation" in path.name else "score"
-        raise HeadlabError(f"there is no {path}: run headlab {command} with the same --out first")
-    return HeadScores.load(path)
-
-
-def _store(result: Any, path: Path) -> Any:
-    """Write a result, unless the same is there already; another one is never replaced."""
-    if path.exists():
-        found = type(result).load(path)
-        if found.record != _as_saved(result.record):
-            raise HeadlabError(f"{path} holds another result (of another model, text or option): choose another --out")
-        return found
-    result.save(path)
-    return result
-
-
-def _as_saved(record: dict[str, Any]) -> Any:
-    import json
-
-    return json.loads(json.dumps(record))
-
-
-def _write_csv(result: Any, path: Path) -> None:
+@app.command()
+def maps(
+    model: Model,
+    prompt: Annotated[
+        list[str],
+        typer.Option("--prompt", "-p", help="A text (token numbers without a tokenizer); several may be given."),
+    ],
+    out: Out = Path("results"),
+    layer: Annotated[
+        list[int] | None, typer.Option("--layer", "-l", help="Also draw this layer's mean maps; may be given several times.")
+    ] = None,
+    dtype: Precision = Dtype.auto,
+    device: Device = "cpu",
+) -> None:
+    """Read the composition maps of a model with composed heads (DCMHA) on prompts."""
+    from . import plots
+    from .dcmha.maps import composition_maps
     from .results import write
 
-    write(path, lambda file: result.to_frame().to_csv(file, index=False))
+    loaded = folder.open_model(model, dtype, device)
+    found = composition_maps(loaded, folder.prompts(loaded, prompt))
+    drawn = {number: plots.maps(found, number) for number in layer or []}  # an unknown layer is an error before any file is
+    found = folder.store(found, out / "maps.safetensors")
+    folder.write_csv(found, out / "maps.csv")
+    write(out / "maps-mean.csv", lambda file: found.weights().to_csv(file, index=False))
+    plots.save_html(plots.maps(found), out / "maps.html")
+    for number, figure in drawn.items():
+        plots.save_html(figure, out / f"maps-layer{number}.html")
+    columns = ["layer", "stage", "heads_from", "heads_to", "distance", "explained_by_query"]
+    typer.echo(found.to_frame()[columns].to_string(index=False, float_format="{:.3g}".format))
+    typer.echo("strongest links (scores of one head, output of another): " + ", ".join(map(str, found.top(5))))
+    typer.echo(f"{found.record['data']['tokens']} tokens; written to {out / 'maps.safetensors'}")
 
 
 def _show_top(scores: HeadScores, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .batches import Batch, Batches, Loss, Metric, check_losses, describe_data, loss_name, own_loss, prepare
 from .errors import HeadlabError
-from .gates import Fill, check_site, masked
+from .gates import Fill, check_fill, masked
 from .models import describe, evaluating, fingerprint, head_rows, heads
 from .results import Result, RowLog
 from .scores import Head, HeadMask, HeadScores, Unit
@@ -131,13 +131,14 @@ def pruning_curve(
         metric: `metric(model, batches)` -> float, in place of a loss.
         fill: what stands in for removed heads.
         unit: remove single heads, or whole key-value `group`s.
+        site: where heads are removed (see `masked`).
         log: a file that gets one row a step; a killed run goes on after the last and ends with the same file.
 
     Raises:
         HeadlabError: a fraction outside [0, 1]; scores for another model; both loss and metric; a log of another
             computation; a measurement that is NaN or infinite.
     """
-    check_site(site)
+    check_fill(model, fill, site)
     if loss is not None and metric is not None:
         raise HeadlabError("give a loss or a metric, not both")
     if bad := [f for f in fractions if not 0 <= f <= 1]:
@@ -145,8 +146,8 @@ def pruning_curve(
     steps = sorted({0.0, *map(float, fractions)})
     data = prepare(model, batches)
     estimate = None if isinstance(scores, HeadScores) else scores
-    first = _fitted(scores if isinstance(scores, HeadScores) else scores(model), model)
-    names = {str(head): head for head in heads(model)}
+    first = _fitted(scores if isinstance(scores, HeadScores) else scores(model), model, site)
+    names = {str(head): head for head in heads(model, site)}
     record = {
         "method": "pruning curve",
         "model": describe(model),
@@ -169,10 +170,10 @@ def pruning_curve(
         for fraction in steps[len(log_of_rows.rows) :]:
             order = first
             if estimate is not None and removed:
-                with masked(model, _mask(model, removed), fill):
-                    order = _fitted(estimate(model), model)
+                with masked(model, _mask(names.values(), removed), fill, site):
+                    order = _fitted(estimate(model), model, site)
             removed = _remove(order, removed, round(fraction * n_units), unit)
-            with masked(model, _mask(model, removed), fill), torch.inference_mode():
+            with masked(model, _mask(names.values(), removed), fill, site), torch.inference_mode():
                 measured = _measure(model, data, loss or own_loss, metric)
             log_of_rows.append({"fraction": fraction, "removed": [str(head) for head in removed]} | measured)
             bar.update()
@@ -182,10 +183,10 @@ def pruning_curve(
     return Curve([row["removed"] for row in rows], values, losses, len(names), record)
 
 
-def _fitted(scores: HeadScores, model: nn.Module) -> HeadScores:
+def _fitted(scores: HeadScores, model: nn.Module, site: str) -> HeadScores:
     """The scores, checked to be of this model and labelled with its heads (bare rows do not know their groups)."""
-    scores.check(head_rows(model), fingerprint(model))
-    return HeadScores(scores.rows, head_rows(model), scores.record)
+    scores.check(head_rows(model, site), fingerprint(model))
+    return HeadScores(scores.rows, head_rows(model, site), scores.record)
 
 
 def _ranking(scores: HeadScores, unit: Unit) -> str:
@@ -194,8 +195,8 @@ def _ranking(scores: HeadScores, unit: Unit) -> str:
     return hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
 
 
-def _mask(model: nn.Module, removed: Sequence[Head]) -> HeadMask:
-    return HeadMask.without(heads(model), removed)
+def _mask(every: Iterable[Head], removed: Sequence[Head]) -> HeadMask:
+    return HeadMask.without(every, removed)
 
 
 def _remove(order: HeadScores, removed: Sequence[Head], n: int, unit: Unit) -> list[Head]:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .batches import Batch, Batches, Loss, check_losses, count_examples, describe_data, loss_name, own_loss, prepare
 from .errors import HeadlabError
 from .families import Attention, child
-from .gates import Fill, StandIn, check_site, masked
+from .gates import Fill, StandIn, check_fill, masked
 from .models import describe, evaluating, head_rows, inner, rows
 from .results import RowLog
 from .scores import HeadScores
@@ -63,6 +63,7 @@ def ablation(
         order: score by the change's `value` (removing the head makes it worse: keep it) or its `size` (changes anything:
             keep it). With `keep_one` the scores are minus the change: the head that serves best alone ranks highest.
         fill: what stands in for removed heads; by default zero.
+        site: where heads are removed (see `masked`).
         log: a file to which every layer of every batch is written as soon as it is done; a killed run goes on from there.
         heads_per_pass: how many heads' copies of a batch go through the model at once; by default what fits about 2,048
             tokens on a CPU and 16,384 on a GPU.
@@ -74,11 +75,9 @@ def ablation(
     Raises:
         HeadlabError: bad batches or options; a loss that is NaN or infinite; a log of another computation.
     """
-    check_site(site)
+    check_fill(model, fill, site)
     if order not in ("value", "size"):
         raise HeadlabError(f"order is 'value' or 'size', not {order!r}")
-    if fill is not None:
-        fill.check(model)
     data = prepare(model, batches)
     record = {
         "method": "ablation",
@@ -90,14 +89,14 @@ def ablation(
         "site": site,
     }
     steps = RowLog(log, record)
-    changes = _changes(model, data, loss or own_loss, keep_one, fill, steps, heads_per_pass)
+    changes = _changes(model, data, loss or own_loss, keep_one, fill, site, steps, heads_per_pass)
     columns = _statistics(changes)
     values = columns["change"]
     if order == "size":
         values = tuple(np.abs(row) for row in values)
     if keep_one:
         values = tuple(-row for row in values)
-    return AblationScores(values, head_rows(model), record | {"order": order}, columns)
+    return AblationScores(values, head_rows(model, site), record | {"order": order}, columns)
 
 
 def _statistics(changes: list[np.ndarray]) -> dict[str, tuple[np.ndarray, ...]]:
@@ -123,11 +122,12 @@ def _changes(
     loss: Loss,
     keep_one: bool,
     fill: Fill | None,
+    site: str,
     steps: RowLog,
     heads_per_pass: int | None,
 ) -> list[np.ndarray]:
     """Loss with the head removed minus loss with it, per row: [example, head]."""
-    found = [row for row in rows(model) if row.slots]
+    found = [row for row in rows(model, site) if row.slots]
     done = {(step["batch"], step["row"]): step["change"] for step in steps.rows}
     total = sum(len(row.heads) for row in found) * len(data)
     finished = sum(len(change[0]) for change in done.values())
@@ -137,7 +137,7 @@ def _changes(
             todo = [row for row in found if (number, row.row) not in done]
             if not todo:
                 continue
-            clean = _Clean(model, batch, loss, number)
+            clean = _Clean(model, batch, loss, number, site)
             k = heads_per_pass or _copies(batch)
             for row in todo:
                 gates = torch.eye(len(row.heads)) if keep_one else 1 - torch.eye(len(row.heads))  # [head, head]
@@ -149,7 +149,7 @@ def _changes(
     empty = [np.zeros((count_examples([batch]), 0)) for batch in data]
     return [
         np.concatenate([np.array(done[n, row.row]) if row.slots else empty[n] for n in range(len(data))])
-        for row in rows(model)
+        for row in rows(model, site)
     ]
 
 
@@ -164,9 +164,9 @@ class _Clean:
     """A batch run once with all heads, and what was computed on the way: the residual stream after every block, and
     every attention's output. From there a layer's heads are removed without running the blocks below."""
 
-    def __init__(self, model: nn.Module, batch: Batch, loss: Loss, number: int) -> None:
-        self.model, self.batch, self.loss, self.number = model, batch, loss, number
-        self.found = rows(model)
+    def __init__(self, model: nn.Module, batch: Batch, loss: Loss, number: int, site: str) -> None:
+        self.model, self.batch, self.loss, self.number, self.site = model, batch, loss, number, site
+        self.found = rows(model, site)
         root = inner(model)
         self.blocks = {row.row: _block(row.path) for row in self.found}
         self.order = list(dict.fromkeys(self.blocks.values()))  # as they run: encoder, then decoder
@@ -182,7 +182,7 @@ class _Clean:
             for module in (*self.modules.values(), *(row.core for row in self.found)):
                 self.outputs[module] = []
                 hooks.callback(module.register_forward_hook(lambda m, _, out: self.outputs[m].append(out)).remove)
-            hooks.enter_context(at_sites(model, remember))
+            hooks.enter_context(at_sites(model, remember, self.found))
             self.losses = self._checked(batch)  # [batch]
         # a loss that runs the model several times, or a block that stands outside a list, cannot be replayed
         self.shared = "" not in self.order and all(len(outputs) == 1 for outputs in self.outputs.values())
@@ -194,7 +194,7 @@ class _Clean:
         by_example = gates.repeat_interleave(len(self.losses), 0).to(self.losses.device)  # [copy * batch, head]
         if not self.shared:
             all_gates = [by_example if r.row == row.row else torch.ones(len(r.heads)) for r in self.found]
-            with masked(self.model, all_gates, fill):
+            with masked(self.model, all_gates, fill, self.site):
                 losses = self._checked(batch)
         else:
             with self._replayed(row, copies, by_example, fill):
@@ -227,6 +227,11 @@ class _Clean:
                 if other.row != row.row and self.blocks[other.row] == self.blocks[row.row] and other.row < row.row:
                     replay = _constant(_copied(self.outputs[other.core][0], copies))
                     patches.enter_context(_patched(other.core, replay))
+            if self.site != "output":  # within the attention: that is computed again, with gates
+                gate = lambda _, ones, __: ones * gates.to(ones)[:, None, :, None]  # noqa: E731
+                patches.enter_context(at_sites(self.model, gate, [row]))
+                yield
+                return
             output = self.outputs[row.core][0]
             z = self._gated(row, copies, gates, fill).flatten(2)
             patches.enter_context(replaying(row.path))

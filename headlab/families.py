@@ -10,7 +10,7 @@ Supporting a new architecture means registering one more:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -58,24 +58,41 @@ class Family:
     shared_bias: bool = False
     model_types: tuple[str, ...] = ()
 
-    def blocks(self, slots: Sequence[int | None], kv: Sequence[int], n_slots: int, n_kv: int) -> dict[str, list[int | None]]:
-        """For each input projection, which of its output blocks of d_head rows hold these query slots and key-value heads.
+    def block(self, part: str, index: int, n_slots: int, n_kv: int) -> int:
+        """Which block of d_head rows of its projection holds a query slot (`q`) or a key-value head (`k`, `v`).
 
-        A block is None where the slot is (padding). `n_slots` and `n_kv` count what the projection holds now.
+        `n_slots` and `n_kv` count what the projection holds now.
 
-        >>> GPT2.blocks([0, 2], [0, 2], n_slots=3, n_kv=3)
-        {'c_attn': [0, 2, 3, 5, 6, 8]}
+        >>> GPT2.block("v", 1, n_slots=3, n_kv=3)
+        7
         """
         if self.joined == "blocks":
-            return {self.q: [*slots, *(n_slots + g for g in kv), *(n_slots + n_kv + g for g in kv)]}
+            return index + {"q": 0, "k": n_slots, "v": n_slots + n_kv}[part]
+        return 3 * index + "qkv".index(part) if self.joined == "heads" else index
+
+    def blocks(
+        self, slots: Sequence[int | None], keys: Sequence[int], values: Sequence[int], n_slots: int, n_kv: int
+    ) -> dict[str, list[int | None]]:
+        """For each input projection, the blocks that hold these query slots, keys and values, in its order.
+
+        A block is None where the slot is (padding).
+
+        >>> GPT2.blocks([0, 2], [0, 2], [0, 2], n_slots=3, n_kv=3)
+        {'c_attn': [0, 2, 3, 5, 6, 8]}
+        """
+        found: dict[str, list[int | None]] = {self.q: [], self.k: [], self.v: []}
+        parts = [("q", slots), ("k", keys), ("v", values)]
         if self.joined == "heads":
-            return {self.q: [None if h is None else 3 * h + part for h in slots for part in range(3)]}
-        return {self.q: list(slots), self.k: list(kv), self.v: list(kv)}
+            parts = [(part, [slot]) for slot in slots for part, _ in parts]
+        for part, indices in parts:
+            blocks = (None if i is None else self.block(part, i, n_slots, n_kv) for i in indices)
+            found[getattr(self, part)].extend(blocks)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """One attention module found in a model, plain or bridged, and the heads it holds."""
+    """One attention module found in a model, plain or bridged, and the heads it holds (at a site, see `at`)."""
 
     row: int
     layer: int
@@ -85,6 +102,7 @@ class Attention:
     family: Family
     groups: Groups
     d_head: int
+    site: str = "output"
 
     @property
     def slots(self) -> tuple[int | None, ...]:
@@ -109,6 +127,28 @@ class Attention:
     def core(self) -> Any:
         """The module that computes the heads' outputs; `Any`, for torch does not know its attributes."""
         return child(self.module, self.family.core)
+
+    @property
+    def compose(self) -> Any:
+        """The maps of an attention with composed heads (`headlab.dcmha.Compose`); None in plain attention."""
+        found = getattr(bare(self.core), "compose", None)
+        return None if found is None else bare(found)
+
+    def at(self, site: str) -> Attention:
+        """The same module with the heads that can be removed at a site: `output`, or what composed heads have beside it.
+
+        Raises:
+            HeadlabError: there is no such site here.
+        """
+        if site == self.site:
+            return self
+        if not self.groups and self.compose is None:
+            return replace(self, site=site)  # pruning left nothing of it
+        if self.compose is None:
+            raise HeadlabError(f"plain attention, as in {self.path}, has one site, 'output', not {site!r}")
+        if site not in ("output", *self.compose.sites):
+            raise HeadlabError(f"composed heads have the sites output, {', '.join(self.compose.sites)}, but not {site!r}")
+        return replace(self, groups=grouped(self.compose.heads_at(site), self.compose.ratio), site=site)
 
     def projection(self, path: str) -> Any:
         """A projection of the module as it was before any bridge: an `nn.Linear`, a `Conv1D` or the like."""
@@ -200,6 +240,9 @@ def _layout(module: nn.Module, family: Family, path: str) -> tuple[Groups, int]:
     d_head = getattr(core, family.d_head, None)
     if not isinstance(d_head, int):
         raise HeadlabError(f"{path} ({type(bare(module)).__name__}) has no whole number {family.d_head!r}; {_HOW}")
+    if (wrapped := getattr(core, "compose", None)) is not None:
+        compose: Any = bare(wrapped)
+        return grouped(compose.heads_at("output"), compose.ratio), d_head
     if (groups := getattr(core, "headlab_groups", None)) is not None:
         return groups, d_head
     if family.joined and getattr(core, "is_cross_attention", False):
@@ -212,6 +255,11 @@ def _layout(module: nn.Module, family: Family, path: str) -> tuple[Groups, int]:
         raise HeadlabError(f"{path} has {n_slots} query heads on {n_kv} key-value heads, which headlab cannot group")
     ratio = n_slots // n_kv
     return tuple((g, tuple(range(g * ratio, (g + 1) * ratio))) for g in range(n_kv)), d_head
+
+
+def grouped(heads: Sequence[int], ratio: int) -> Groups:
+    """Heads by the key-value head they read, of which each serves `ratio` neighbouring heads."""
+    return tuple((g, tuple(h for h in heads if h // ratio == g)) for g in sorted({h // ratio for h in heads}))
 
 
 def transposed(projection: nn.Module) -> bool:

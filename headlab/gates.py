@@ -41,7 +41,10 @@ def masked(model: nn.Module, mask: Gates, fill: Fill | None = None, site: str = 
         model: a plain model or a bridge; it is restored in any case. Works under `generate` with a key-value cache.
         mask: a `HeadMask`, or gates; a row of shape [batch, head] gates every example differently. Masks nest.
         fill: what stands in for a removed head; by default zero.
-        site: where a head is removed; `output` is the only site of plain attention.
+        site: where a head is removed. `output`, its output: in plain attention that is the head, and the only site. Where
+            heads are composed (DCMHA) also `scores`: its scores, before they are mixed; `probabilities`: its attention
+            probabilities, before they are mixed; `head`: all three; or `pre_query`, `post_key_gate` ... (`dcmha.PLACES`):
+            what one branch at one stage adds to the composed head.
 
     Raises:
         HeadlabError: the mask or fill is of the wrong shape or was made for another model; or, while running, a site
@@ -50,11 +53,9 @@ def masked(model: nn.Module, mask: Gates, fill: Fill | None = None, site: str = 
     >>> with masked(model, HeadMask.without(heads(model), ["L3H5"])):  # doctest: +SKIP
     ...     logits = model(**batch).logits
     """
-    check_site(site)
-    found = rows(model)
-    gates = _gates(model, mask)
-    if fill is not None:
-        fill.check(model)
+    check_fill(model, fill, site)
+    found = rows(model, site)
+    gates = _gates(model, mask, site)
     wanted = [row for row in found if not bool((gates[row.row] == 1).all())]
     stand_in = None if fill is None else StandIn(fill)
     by_slot_of: dict[int, Tensor] = {}  # made at the first pass, on the device of z
@@ -80,14 +81,18 @@ def _by_slot(row: Attention, gates: Tensor, z: Tensor) -> Tensor:
     return by_slot.view(-1, 1, len(row.slots), 1).to(z.device)
 
 
-def check_site(site: str) -> None:
+def check_fill(model: nn.Module, fill: Fill | None, site: str) -> None:
+    """Raise `HeadlabError` unless the fill (if any) is one for this model and site."""
+    if fill is None:
+        return
     if site != "output":
-        raise HeadlabError(f"plain attention has one site, 'output', not {site!r}")
+        raise HeadlabError(f"a fill stands in for a head's output, so there is none for the site {site!r}: leave it out")
+    fill.check(model)
 
 
-def _gates(model: nn.Module, mask: Gates) -> list[Tensor]:
+def _gates(model: nn.Module, mask: Gates, site: str) -> list[Tensor]:
     """One tensor of gates per row, `[head]` or `[batch, head]`."""
-    heads = head_rows(model)
+    heads = head_rows(model, site)
     lengths = [len(row) for row in heads]
     if isinstance(mask, HeadMask):
         mask.check(heads, fingerprint(model) if "model" in mask.record else None)

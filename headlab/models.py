@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
 
 from . import __version__
 from .errors import HeadlabError
@@ -51,7 +52,7 @@ def load(
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    from . import pruned  # noqa: F401 (it tells AutoConfig of pruned models, which may come from the hub too)
+    from . import dcmha, pruned  # noqa: F401 (they tell AutoConfig of their models, which may come from the hub too)
 
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False) if not _is_pruned(name) else _pruned_config(name)
@@ -89,12 +90,22 @@ def _class_of(config: Any) -> Any:
     if config.model_type.startswith(PRUNED):
         from . import pruned
 
-        return pruned.model_class(getattr(transformers, name.removeprefix("Pruned")))
-    if hasattr(transformers, name):
-        return getattr(transformers, name)
+        return pruned.model_class(_registered(name.removeprefix("Pruned"), type(config).__base__))
+    if (found := _registered(name, type(config))) is not None:
+        return found
     if getattr(config, "auto_map", None):
         raise HeadlabError(f"cannot open {config._name_or_path!r}: {name} is code of its own, which headlab never runs")
     return transformers.AutoModelForCausalLM if name.endswith(("ForCausalLM", "LMHeadModel")) else transformers.AutoModel
+
+
+def _registered(name: str, config: Any) -> Any:
+    """The model class of this name, of transformers or registered with it for a class of configs; None if there is none."""
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    mappings = (getattr(auto, "_model_mapping", None) or {} for auto in vars(modeling_auto).values())
+    found = (mapping[config] for mapping in mappings if config in mapping)
+    classes = (cls for entry in found for cls in (entry if isinstance(entry, tuple) else (entry,)))
+    return next((cls for cls in classes if cls.__name__ == name), None)
 
 
 def is_bridge(model: nn.Module) -> bool:
@@ -113,26 +124,34 @@ def inner(model: nn.Module) -> PreTrainedModel:
     return cast("PreTrainedModel", model.original_model if is_bridge(model) else model)
 
 
-def rows(model: nn.Module) -> tuple[Attention, ...]:
+def rows(model: nn.Module, site: str = "output") -> tuple[Attention, ...]:
     """Every attention module of a plain model or a bridge, in the order of the rows of scores and masks."""
-    return attentions(inner(model))
+    found = tuple(row.at(site) for row in attentions(inner(model)))
+    if site != "output" and not any(row.groups for row in found):
+        raise HeadlabError(f"no layer of the model has anything to remove at the site {site!r}")
+    return found
 
 
-def heads(model: nn.Module) -> list[Head]:
+def heads(model: nn.Module, site: str = "output") -> list[Head]:
     """Every attention head of a model, in order: encoder, then decoder, then cross-attention; layer by layer.
 
+    Args:
+        model: a plain model or a bridge.
+        site: in models with composed heads that are pruned, heads may have their scores left and not their output, or
+            the other way round: those that can be removed at this site (see `masked`).
+
     Raises:
-        HeadlabError: the model has an attention module that no description fits; the message names it.
+        HeadlabError: the model has an attention module that no description fits (the message names it), or no such site.
 
     >>> [str(head) for head in heads(model)][:3]  # doctest: +SKIP
     ['L0H0', 'L0H1', 'L0H2']
     """
-    return [head for row in rows(model) for head in row.heads]
+    return [head for row in rows(model, site) for head in row.heads]
 
 
-def head_rows(model: nn.Module) -> Heads:
+def head_rows(model: nn.Module, site: str = "output") -> Heads:
     """Every attention head of a model, one tuple per row."""
-    return tuple(row.heads for row in rows(model))
+    return tuple(row.heads for row in rows(model, site))
 
 
 def restored(model: nn.Module) -> PreTrainedModel:
@@ -180,10 +199,16 @@ def bridge(model: nn.Module) -> TransformerBridge:
     """
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
+    from .dcmha.attach import ComposedModel
+
     plain = restored(model)
     name = type(plain).__name__.removeprefix("Pruned")
     wrapped = copy.deepcopy(plain)
-    if hasattr(wrapped, "set_attn_implementation"):
+    if isinstance(plain, ComposedModel):  # its attention implementation stays, whose patterns have hook points of their own
+        from .dcmha.bridge import register_composed
+
+        register_composed(name)
+    elif hasattr(wrapped, "set_attn_implementation"):
         wrapped.set_attn_implementation("eager")  # elsewhere TransformerLens' pattern hooks do not fire
     batch = probe_batch(plain)
     try:
@@ -227,6 +252,9 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{row.family.name} {row.stack} {row.groups}".encode())
         paths = (row.family.q, row.family.k, row.family.v, row.family.o) if row.slots else (row.family.o,)
         weights += [row.projection(path).weight for path in dict.fromkeys(paths)]
+        if row.compose is not None:
+            digest.update(f"{row.compose.kept} {row.compose.places}".encode())
+            weights += row.compose.parameters()
     for weight in weights:
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64]  # [64]

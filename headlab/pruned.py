@@ -7,51 +7,100 @@ has one more field, `headlab`: the heads left in every attention module, and whi
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.pytorch_utils import Conv1D
 
+from .dcmha.attach import COMPOSED
 from .errors import HeadlabError
 from .families import PRUNED, Attention, Family, Groups, attentions, families, transposed, weight_blocks
+from .variants import Variant
 
 
-def narrow(model: nn.Module, attention: Attention, groups: Groups, bias: bool) -> None:
-    """Shrink one attention module to the heads in `groups`, weights and bookkeeping together, in place.
+@dataclass(frozen=True)
+class Left:
+    """What pruning leaves of one attention module.
 
-    Args:
-        model: a plain model, in which `attention` was found.
-        groups: what is left: original key-value head -> original query heads (None: a slot of zeros).
-        bias: whether the output projection has a bias afterwards (a new one is zero).
+    Attributes:
+        groups: original key-value head -> original query heads (None: a slot of zeros).
+        bias: whether the output projection has a bias (a new one is zero).
+        composed: where heads are composed (DCMHA): those whose `scores`, `probabilities` and `output` are left, and the
+            `places` of the branches that are; `groups` are then those of the output.
+    """
+
+    groups: Groups
+    bias: bool
+    composed: Mapping[str, Sequence[Any]] | None = None
+
+
+def there(attention: Attention) -> Left:
+    """What is there of an attention module now."""
+    compose = attention.compose
+    composed = None if compose is None else {**compose.kept, "places": list(compose.places)}
+    return Left(attention.groups, attention.projection(attention.family.o).bias is not None, composed)
+
+
+def narrow(model: nn.Module, attention: Attention, left: Left) -> None:
+    """Shrink one attention module to what is left, weights and bookkeeping together, in place.
+
+    `model` is the plain model in which `attention` was found.
     """
     family, core, d_head = attention.family, attention.core, attention.d_head
-    slot_of = {head: slot for slot, head in enumerate(attention.slots) if head is not None}
-    kv_of = {head: kv for kv, (_, heads) in enumerate(attention.groups) for head in heads if head is not None}
-    slots = [None if head is None else slot_of[head] for _, heads in groups for head in heads]
-    kv = [next(kv_of[head] for head in heads if head is not None) for _, heads in groups]
-
-    for path, blocks in family.blocks(slots, kv, len(attention.slots), len(attention.groups)).items():
+    if attention.compose is not None and left.groups:
+        picks = _composed_picks(attention.compose, left.composed or {})
+    else:
+        picks = _picks(attention, left)
+    for path, blocks in family.blocks(picks.slots, picks.keys, picks.values, picks.n_slots, picks.n_kv).items():
         if attention.slots:
             _put(attention.module, path, _take(attention.projection(path), blocks, d_head, "out"))
-    output = _take(attention.projection(family.o), slots, d_head, "in", bias)
+    output = _take(attention.projection(family.o), picks.outputs, d_head, "in", left.bias)
     _put(attention.module, family.o, output)
-    counts = {"slots": len(slots), "width": len(slots) * d_head, "ratio": len(slots) // max(len(kv), 1)}
+    n_slots, n_kv = len(picks.slots), len(picks.keys)
+    counts = {"slots": n_slots, "width": n_slots * d_head, "ratio": n_slots // max(n_kv, 1)}
     for name, meaning in family.counts.items():
         setattr(core, name, counts[meaning])
     if family.shared_bias:
         core.__class__ = NarrowT5Attention  # the same module, but it slices the bias that layers share
-    elif not slots:
+    elif not left.groups:
         core = EmptyAttention(family, d_head, getattr(core, "layer_idx", None), None if family.core else output)
         _put(model, ".".join(filter(None, (attention.path, family.core))), core)
-    core.headlab_groups = groups
+    if attention.compose is None:
+        core.headlab_groups = left.groups
+
+
+@dataclass(frozen=True)
+class _Picks:
+    """Which query slots, keys, values and outputs stay, as places among those there are; and how many there are."""
+
+    slots: Sequence[int | None]
+    keys: Sequence[int]
+    values: Sequence[int]
+    outputs: Sequence[int | None]
+    n_slots: int
+    n_kv: int
+
+
+def _picks(attention: Attention, left: Left) -> _Picks:
+    slot_of = {head: slot for slot, head in enumerate(attention.slots) if head is not None}
+    kv_of = {head: kv for kv, (_, heads) in enumerate(attention.groups) for head in heads if head is not None}
+    slots = [None if head is None else slot_of[head] for _, heads in left.groups for head in heads]
+    kv = [next(kv_of[head] for head in heads if head is not None) for _, heads in left.groups]
+    return _Picks(slots, kv, kv, slots, len(attention.slots), len(attention.groups))
+
+
+def _composed_picks(compose: Any, kept: Mapping[str, Sequence[Any]]) -> _Picks:
+    """The picks where heads are composed; the maps are narrowed as well."""
+    before = (compose.held("scores"), compose.groups_held("scores"), compose.groups_held("output"), compose.kept["output"])
+    compose.narrow({name: kept[name] for name in compose.kept}, kept["places"])
+    after = (compose.held("scores"), compose.groups_held("scores"), compose.groups_held("output"), compose.kept["output"])
+    slots, keys, values, outputs = ([was.index(i) for i in now] for was, now in zip(before, after, strict=True))
+    return _Picks(slots, keys, values, outputs, len(before[0]), len(before[1]))
 
 
 def _take(
@@ -194,82 +243,36 @@ class NarrowT5Attention(T5Attention):
         return output, position_bias, None
 
 
-def shrink(model: nn.Module, groups: Sequence[Groups], bias: Sequence[bool]) -> None:
-    """Shrink every attention module of a plain model to these heads, in place."""
+def shrink(model: nn.Module, left: Sequence[Left]) -> None:
+    """Shrink every attention module of a plain model to what is left, in place."""
     rows = attentions(model)
-    if not len(rows) == len(groups) == len(bias):
-        raise HeadlabError(f"the pruned config describes {len(groups)} attention modules, but the model has {len(rows)}")
-    for attention, left, has_bias in zip(rows, groups, bias, strict=True):
-        had_bias = attention.projection(attention.family.o).bias is not None
+    if len(rows) != len(left):
+        raise HeadlabError(f"the pruned config describes {len(left)} attention modules, but the model has {len(rows)}")
+    for attention, what in zip(rows, left, strict=True):
         slices_bias = not attention.family.shared_bias or isinstance(attention.core, NarrowT5Attention)
-        if (attention.groups, had_bias) != (left, has_bias) or not slices_bias:
-            narrow(model, attention, left, has_bias)
+        if there(attention) != what or not slices_bias:
+            narrow(model, attention, what)
 
 
-def freeze(groups: Any) -> Groups:
-    """Groups as they come out of JSON, as tuples."""
-    return tuple((group, tuple(heads)) for group, heads in groups)
+def to_config(left: Sequence[Left]) -> dict[str, Any]:
+    """What is left, as the field `headlab` of a config says it."""
+    return {name: [getattr(what, name) for what in left] for name in ("groups", "bias", "composed")}
 
 
-@functools.cache
-def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
-    """The config class of pruned models of a kind, registered with `AutoConfig`."""
-    if base.model_type.startswith(PRUNED):
-        return base
-
-    def __post_init__(self: PretrainedConfig, **kwargs: Any) -> None:
-        base.__post_init__(self, **kwargs)
-        _register_models(type(self), base)  # type: ignore[arg-type]  # mypy takes no class for hashable
-
-    body = {
-        "model_type": PRUNED + base.model_type,
-        "headlab": None,
-        "__annotations__": {"headlab": dict | None},
-        "__post_init__": __post_init__,
-        "__module__": __name__,
-        "__doc__": f"{base.__name__} of a model without some of its heads: `headlab` lists what is left.",
-    }
-    made: type[PretrainedConfig] = type(f"Pruned{base.__name__}", (base,), body)
-    AutoConfig.register(made.model_type, made, exist_ok=True)
-    return made
+def from_config(field: Mapping[str, Any]) -> list[Left]:
+    """The other way round, also out of JSON."""
+    groups = [tuple((group, tuple(heads)) for group, heads in row) for row in field["groups"]]
+    composed = field.get("composed") or [None] * len(groups)
+    return [Left(*what) for what in zip(groups, field["bias"], composed, strict=False)]
 
 
-@functools.cache
-def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of pruned models that compute what `base` does."""
-    base_config: Any = base.config_class
-    if base_config.model_type.startswith(PRUNED):
-        return base
-
-    def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        if config.headlab is None:
-            raise HeadlabError(f"{type(self).__name__} needs a config that says which heads are left; hl.prune makes it")
-        shrink(self, [freeze(row) for row in config.headlab["groups"]], config.headlab["bias"])
-
-    body = {
-        "config_class": config_class(base_config),
-        "__init__": __init__,
-        "__module__": __name__,
-        "__doc__": f"{base.__name__} with fewer heads; made by `headlab.prune`.",
-    }
-    return type(f"Pruned{base.__name__}", (base,), body)
+def _build(model: Any) -> None:
+    if model.config.headlab is None:
+        raise HeadlabError(f"{type(model).__name__} needs a config that says which heads are left; hl.prune makes it")
+    shrink(model, from_config(model.config.headlab))
 
 
-@functools.cache
-def _register_models(pruned_config: type[PretrainedConfig], base_config: type[PretrainedConfig]) -> None:
-    """Tell every AutoModel class of its pruned counterpart; on first use, for it imports the modelling code."""
-    for name in modeling_auto.__dict__:
-        auto = getattr(modeling_auto, name)
-        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
-        if mapping is not None and base_config in mapping:
-            found = mapping[base_config]
-            base = found[0] if isinstance(found, tuple) else found
-            if base.config_class is base_config:  # JevForDecision opens Qwen 2, but with a config of its own
-                auto.register(pruned_config, model_class(base), exist_ok=True)
-
-
-for _family in families():
-    for _model_type in _family.model_types:
-        if _model_type in CONFIG_MAPPING:
-            config_class(CONFIG_MAPPING[_model_type])  # type: ignore[arg-type]  # mypy takes no class for hashable
+PRUNING = Variant("Pruned", PRUNED, "headlab", _build, about="without some of its heads", home=__name__)
+config_class, model_class = PRUNING.config_class, PRUNING.model_class
+_types = [model_type for family in families() for model_type in family.model_types]
+PRUNING.announce([*_types, *(COMPOSED + model_type for model_type in _types)])

@@ -36,7 +36,9 @@ class Pass:
 
 
 Edit = Callable[[Attention, Tensor, Pass], Tensor | None]
-"""`edit(attention, z, run)`: z is [batch, pos, slot, d_head]; what it returns, if anything, takes the place of z."""
+"""`edit(attention, z, run)`: z is [batch, pos, slot, d_head]; what it returns, if anything, takes the place of z.
+
+At the sites that only composed heads have, z is a gate of 1 for every head, [batch, pos, slot, 1]."""
 
 _replaying: ContextVar[str | None] = ContextVar("replaying", default=None)
 
@@ -154,7 +156,7 @@ def _owner(root: nn.Module, row: Attention) -> nn.Module:
 
 
 def _hook_site(row: Attention, stack: _Stack, edit: Edit) -> torch.utils.hooks.RemovableHandle:
-    n_slots, d_head = len(row.slots), row.d_head
+    n_slots, d_head = len(row.slots), row.d_head if row.site == "output" else 1
 
     def fire(flat: Tensor) -> Tensor:
         stack.fired.add(row.path)
@@ -164,6 +166,8 @@ def _hook_site(row: Attention, stack: _Stack, edit: Edit) -> torch.utils.hooks.R
         edited = edit(row, flat.reshape(*flat.shape[:2], n_slots, d_head), stack.run)
         return flat if edited is None else edited.reshape(flat.shape)
 
+    if row.site != "output":  # of composed heads: what passes there are gates
+        return row.compose.sites[row.site].register_forward_hook(lambda _, __, ones: fire(ones))
     if (hook_z := getattr(row.module, "hook_z", None)) is not None:  # a bridge
         return hook_z.register_forward_hook(lambda _, __, output: fire(output))
     projection = row.projection(row.family.o)

@@ -27,7 +27,7 @@ from .scores import HeadMask
 if TYPE_CHECKING:
     import pandas as pd
 
-Timed = nn.Module | tuple[nn.Module, HeadMask]
+Timed = nn.Module | tuple[nn.Module, HeadMask] | tuple[nn.Module, HeadMask, str]
 """A model, or a model and the mask it runs under."""
 
 
@@ -82,7 +82,8 @@ def timing(models: Mapping[str, Timed], batches: Batches, *, repeats: int = 10, 
     in the attention modules, taken in passes of its own.
 
     Args:
-        models: by name; the first is what the others are compared with. A model and a mask run under `hl.masked`.
+        models: by name; the first is what the others are compared with. A model and a mask (and a site) run under
+            `hl.masked`.
         batches: what is timed: one line per model and batch.
         repeats: timed passes per line; the median is reported.
         warmup: passes before them.
@@ -94,25 +95,26 @@ def timing(models: Mapping[str, Timed], batches: Batches, *, repeats: int = 10, 
         raise HeadlabError("there are no models to time: expected {name: model}")
     if repeats < 1:
         raise HeadlabError(f"repeats must be at least 1, not {repeats}")
-    runs = {name: given if isinstance(given, tuple) else (given, None) for name, given in models.items()}
-    size_of = {id(model): _size(model) for model in {id(model): model for model, _ in runs.values()}.values()}
-    sizes = {name: size_of[id(model)] for name, (model, _) in runs.items()}
+    runs: dict[str, Any] = {name: given if isinstance(given, tuple) else (given,) for name, given in models.items()}
+    size_of = {id(model): _size(model) for model in {id(model): model for model, *_ in runs.values()}.values()}
+    sizes = {name: size_of[id(model)] for name, (model, *_) in runs.items()}
     first = next(iter(runs.values()))[0]
     data = prepare(first, batches)
     lines = []
     bar = tqdm(total=len(data) * len(runs) * (repeats + warmup) * 2, desc="timing", unit="pass", disable=None)
     with bar, ExitStack() as stack, torch.inference_mode():
-        for model, _ in runs.values():
+        for model, *_ in runs.values():
             stack.enter_context(evaluating(model))
         for batch in data:
             whole: dict[str, list[float]] = {name: [] for name in runs}
             attention: dict[str, list[float]] = {name: [] for name in runs}
             for turn in range(repeats + warmup):
-                for name, (model, mask) in runs.items():
+                for name, (model, *removed) in runs.items():
                     once = partial(forward, model, {name: value.to(inner(model).device) for name, value in batch.items()})
                     with ExitStack() as masking:
-                        if mask is not None:
-                            masking.enter_context(masked(model, mask))
+                        if removed:
+                            mask, *site = removed
+                            masking.enter_context(masked(model, mask, None, *site))
                             once()  # the gates are made in the first pass
                         times = _seconds(once, inner(model).device), _in_attention(model, once)
                     if turn >= warmup:

@@ -6,7 +6,7 @@ Importing this module also registers pruned models with transformers: afterwards
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import pruned
 from .errors import HeadlabError
-from .families import Attention, Groups, weight_blocks
-from .gates import Fill, check_site
+from .families import Attention, Groups, grouped, weight_blocks
+from .gates import Fill, check_fill
 from .models import fingerprint, head_rows, restored, rows
+from .pruned import Left
 from .results import building
 from .scores import HeadMask
 from .sites import is_hooked
@@ -40,6 +41,9 @@ def prune(
         fill: constant means (`hl.fill(...)`), folded into the output projection's bias; by default zero.
         gqa: where the groups left in a layer keep unequal numbers of query heads: `pad` with query heads of zeros (the
             cache stays small), `ungroup` (each query head gets its own copy of keys and values), or `strict`: raise.
+        site: where heads are composed (DCMHA), what is removed: the `output` (values go), the `scores` (queries and keys
+            go), the whole `head`, or any other site of `masked`. The factors of the maps stay whole: they are normalised
+            over all heads.
 
     Returns:
         An ordinary Hugging Face model (`save_pretrained`, `generate`, training). Head labels stay the original ones;
@@ -49,42 +53,89 @@ def prune(
         HeadlabError: a mask or fill for another model, a fill that is not constant, a bridge in compatibility mode,
             uneven groups under `strict`.
     """
-    check_site(site)
+    check_fill(model, fill, site)
     if gqa not in ("pad", "ungroup", "strict"):
         raise HeadlabError(f"gqa is 'pad', 'ungroup' or 'strict', not {gqa!r}")
     if is_hooked(model):
         raise HeadlabError("the model is being masked or captured right now: leave that block before you prune it")
     plain = restored(model)
+    mask.check(head_rows(plain, site), fingerprint(plain))
+    if fill is not None and not fill.constant:
+        raise HeadlabError(
+            f"a fill of kind {fill.how!r} depends on the input, so no smaller model can hold it: "
+            "prune with a constant one (hl.fill(model, batches)) or with zeros (fill=None)"
+        )
+    gone = [
+        {head.index for head, keep in zip(row.heads, mask.rows[row.row], strict=True) if not keep}
+        for row in rows(plain, site)
+    ]
     found = rows(plain)
-    mask.check(head_rows(plain), fingerprint(plain))
-    if fill is not None:
-        fill.check(plain)
-        if not fill.constant:
-            raise HeadlabError(
-                f"a fill of kind {fill.how!r} depends on the input, so no smaller model can hold it: "
-                "prune with a constant one (hl.fill(model, batches)) or with zeros (fill=None)"
-            )
-    kept = [{h.index for h, keep in zip(r.heads, mask.rows[r.row], strict=True) if keep} for r in found]
-    groups = [_regroup(row, left, gqa) for row, left in zip(found, kept, strict=True)]
-    added = [None if fill is None else _folded(row, fill.values[row.row], kept[row.row]) for row in found]
+    added = [None if fill is None else _folded(row, fill.values[row.row], gone[row.row]) for row in found]
+    left = [
+        _left(row, gone[row.row], gqa) if row.compose is None else _left_composed(row, gone[row.row], site) for row in found
+    ]
+    left = [replace(what, bias=True) if extra is not None else what for what, extra in zip(left, added, strict=True)]
     before = getattr(plain.config, "headlab", None) or {"before": [[len(r.heads), len(r.groups)] for r in found]}
 
     small = copy.deepcopy(plain)
+    for row in rows(small):
+        if row.compose is not None:
+            _silence(row, gone[row.row], site, left[row.row])
     config = small.config
     # The classes change in place: submodules share this config, and the model keeps what was set on it.
     config.__class__ = pruned.config_class(type(config))  # type: ignore[arg-type]  # mypy takes no class for hashable
-    config.headlab = {
-        "groups": groups,
-        "bias": [a is not None or r.projection(r.family.o).bias is not None for r, a in zip(found, added, strict=True)],
-        "before": before["before"],
-    }
+    config.headlab = pruned.to_config(left) | {"before": before["before"]}
     small.__class__ = pruned.model_class(type(small))  # type: ignore[arg-type]  # mypy takes no class for hashable
-    pruned.shrink(small, groups, config.headlab["bias"])
+    pruned.shrink(small, left)
     for row, extra in zip(rows(small), added, strict=True):
         if extra is not None:
             bias = row.projection(row.family.o).bias
             bias.data = (bias.double() + extra).to(bias.dtype)
     return small
+
+
+def _left(row: Attention, gone: set[int], gqa: Policy) -> Left:
+    """What is left of plain attention without some heads."""
+    return replace(pruned.there(row), groups=_regroup(row, {head.index for head in row.heads} - gone, gqa))
+
+
+def _left_composed(row: Attention, gone: set[int], site: str) -> Left:
+    """What is left where heads are composed: also without what nothing reads any more."""
+    compose = row.compose
+    removed = {"head": ("scores", "probabilities", "output")}.get(site, (site,))
+    kept = {what: [h for h in heads if not (what in removed and h in gone)] for what, heads in compose.kept.items()}
+    places = [place for place in compose.places if not (place == site and gone >= set(compose.heads_at(site)))]
+    # without a branch, a stage hands every head on as it is: to itself or to nobody
+    if compose.residual and not any(place.startswith("post") for place in places):
+        both = [head for head in kept["output"] if head in kept["probabilities"]]
+        kept["probabilities"] = kept["output"] = both
+    if compose.residual and not any(place.startswith("pre") for place in places):
+        kept["scores"] = [head for head in kept["scores"] if head in kept["probabilities"]]
+    if not kept["output"] or not kept["probabilities"]:
+        return replace(pruned.there(row), groups=(), composed=None)
+    if not kept["scores"]:  # a place for the keys in the cache; `_silence` makes its scores zero
+        kept["scores"] = compose.kept["scores"][:1]
+    return replace(
+        pruned.there(row), groups=grouped(kept["output"], compose.ratio), composed={**kept, "places": places}
+    )
+
+
+def _silence(row: Attention, gone: set[int], site: str, left: Left) -> None:
+    """Zeros in the weights of what is removed and yet has its place in the smaller model."""
+    compose = row.compose
+    if left.composed is None:
+        return
+    if site in left.composed["places"]:
+        compose.silence(site, gone)
+    if site in ("scores", "head"):
+        queries = weight_blocks(row.projection(row.family.q), row.d_head, "out")
+        bias = row.projection(row.family.q).bias
+        for head in gone & set(left.composed["scores"]):
+            slot = compose.held("scores").index(head)
+            block = row.family.block("q", slot, len(compose.held("scores")), len(compose.groups_held("scores")))
+            queries.data[block] = 0
+            if bias is not None:
+                bias.data.unflatten(0, (-1, row.d_head))[block] = 0
 
 
 def _regroup(row: Attention, kept: set[int], gqa: Policy) -> Groups:
@@ -104,9 +155,9 @@ def _regroup(row: Attention, kept: set[int], gqa: Policy) -> Groups:
     return tuple((group, heads + (None,) * (max(sizes) - len(heads))) for group, heads in left)
 
 
-def _folded(row: Attention, means: Tensor, kept: set[int]) -> Tensor | None:
+def _folded(row: Attention, means: Tensor, removed: set[int]) -> Tensor | None:
     """What the removed heads' means add to the residual stream, [d_model] in float64; None where no head goes."""
-    gone = [i for i, head in enumerate(row.heads) if head.index not in kept]
+    gone = [i for i, head in enumerate(row.heads) if head.index in removed]
     if not gone:
         return None
     weight = weight_blocks(row.projection(row.family.o), row.d_head, "in").detach()  # [slot, d_head, d_model]
@@ -125,6 +176,7 @@ class Kept:
     slots: int  # query heads that are computed, padding included
     groups: int  # key-value heads that are computed and cached
     groups_before: int
+    values: int  # the same, of values: composed heads may have scores and no output, or the other way round
 
 
 def kept(model: PreTrainedModel) -> pd.DataFrame:
@@ -138,9 +190,16 @@ def kept(model: PreTrainedModel) -> pd.DataFrame:
     before = (getattr(model.config, "headlab", None) or {}).get("before")
     before = before or [[len(row.heads), len(row.groups)] for row in found]
     return pd.DataFrame(
-        Kept(row.stack, row.layer, len(row.heads), n_heads, len(row.slots), len(row.groups), n_groups)
+        Kept(row.stack, row.layer, len(row.heads), n_heads, *_computed(row, "scores"), n_groups, _computed(row, "output")[1])
         for row, (n_heads, n_groups) in zip(found, before, strict=True)
     )
+
+
+def _computed(row: Attention, half: str) -> tuple[int, int]:
+    """How many query slots and key-value heads are computed for the scores, or for the output."""
+    if row.compose is None:
+        return len(row.slots), len(row.groups)
+    return len(row.compose.held(half)), len(row.compose.groups_held(half))
 
 
 def save_pruned(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:

@@ -5,7 +5,7 @@ I_h = E_x |dL(x)/dxi_h|, xi_h the gate of head h at 1 (Michel, Levy & Neubig 201
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ from .batches import (
 )
 from .errors import HeadlabError
 from .families import Attention, weight_blocks
-from .gates import Fill, StandIn, check_site
+from .gates import Fill, StandIn, check_fill
 from .models import describe, evaluating, head_rows, is_folded, rows
 from .scores import HeadScores
 from .sites import Pass, at_sites, first_broken
@@ -66,19 +66,21 @@ def importance(
         normalize: `layer` divides a layer's scores by their l2 norm (their section 4.1); `minmax` maps all scores to
             [0, 1] (HF's run_bertology).
         fill: score the step from the head to what would stand in for it, rather than to zero.
+        site: where heads would be removed (see `masked`); `magnitude` knows `output`, and in DCMHA `scores` and `head`.
+        seed: of `random`.
 
     Raises:
         HeadlabError: bad batches or options; NaN or infinity (naming the first head and batch where it appeared); a layer
             whose float16 gradients are all exactly zero.
     """
-    check_site(site)
-    record: dict[str, Any] = {"method": method, "model": describe(model)}
+    labels = head_rows(model, site)
+    record: dict[str, Any] = {"method": method, "model": describe(model), "site": site}
     if method == "random":
         rng = np.random.default_rng(seed)
-        values = [rng.random(len(row)) for row in head_rows(model)]
-        return HeadScores(tuple(values), head_rows(model), record | {"seed": seed})
+        values = [rng.random(len(row)) for row in labels]
+        return HeadScores(tuple(values), labels, record | {"seed": seed})
     if method == "magnitude":
-        return HeadScores(tuple(_magnitudes(model)), head_rows(model), record)
+        return HeadScores(tuple(_magnitudes(model, site)), labels, record)
     if method != "taylor":
         raise HeadlabError(f"method is 'taylor', 'random' or 'magnitude', not {method!r}")
     _check_option("reduction", reduction, Reduction)
@@ -87,8 +89,9 @@ def importance(
         _check_option("normalize", normalize, Normalize)
     if batches is None:
         raise HeadlabError("method 'taylor' needs batches to take gradients on")
+    check_fill(model, fill, site)
     data = prepare(model, batches)
-    values = _taylor(model, rows(model), data, loss or own_loss, reduction, denominator, fill)
+    values = _taylor(model, rows(model, site), data, loss or own_loss, reduction, denominator, fill)
     if normalize == "layer":
         values = [row / (np.linalg.norm(row) + 1e-20) for row in values]
     elif normalize == "minmax":
@@ -101,9 +104,8 @@ def importance(
         "denominator": denominator,
         "normalize": normalize,
         "fill": None if fill is None else fill.record,
-        "site": site,
     }
-    return HeadScores(tuple(values), head_rows(model), record)
+    return HeadScores(tuple(values), labels, record)
 
 
 def _check_option(name: str, value: object, options: Any) -> None:
@@ -136,8 +138,6 @@ def _taylor(
     denominator: Denominator,
     fill: Fill | None,
 ) -> list[np.ndarray]:
-    if fill is not None:
-        fill.check(model)
     stacks = {stack: [row for row in found if row.stack == stack] for stack in dict.fromkeys(row.stack for row in found)}
     totals: dict[str, Tensor] = {}  # per stack, [head]
     alive: dict[str, Tensor] = {}  # whether any gradient of the head was not exactly zero
@@ -245,21 +245,40 @@ def _joined(members: Sequence[Attention], of_rows: Sequence[Sequence[tuple[Tenso
     return joined if slots == list(range(offset)) else joined[..., slots]
 
 
-def _magnitudes(model: nn.Module) -> list[np.ndarray]:
+def _magnitudes(model: nn.Module, site: str) -> list[np.ndarray]:
     if is_folded(model):
         raise HeadlabError("magnitudes are taken of the model's own weights, but this bridge is in compatibility mode")
     values = []
-    for row in rows(model):
-        scores = []
-        for slot in row.places:
-            kv = next(i for i, (_, heads) in enumerate(row.groups) if row.slots[slot] in heads)
-            paths = row.family.blocks([slot], [kv], len(row.slots), len(row.groups))
-            picks: list[tuple[str, list[int | None], Literal["in", "out"]]]
-            picks = [*((path, blocks, "out") for path, blocks in paths.items()), (row.family.o, [slot], "in")]
-            squares = [
-                weight_blocks(row.projection(path), row.d_head, side)[blocks].double().square().sum().item()
-                for path, blocks, side in picks
-            ]
-            scores.append(np.sqrt(sum(squares)))
-        values.append(np.array(scores))
+    for row in rows(model, site):
+        squares = [
+            sum(
+                float(weight_blocks(row.projection(path), row.d_head, side)[block].detach().double().square().sum())
+                for path, block, side in _weights_of(row, head.index)
+            )
+            for head in row.heads
+        ]
+        values.append(np.sqrt(squares))
     return values
+
+
+def _weights_of(row: Attention, head: int) -> Iterator[tuple[str, int, Literal["in", "out"]]]:
+    """The projections that hold a head's weights, and which of their blocks: at the row's site, if heads are composed."""
+    family, compose = row.family, row.compose
+    if compose is None:
+        groups = [group for group, _ in row.groups]
+        halves = [("qkvo", row.slots, groups)]
+        kv = next(group for group, heads in row.groups if head in heads)
+    else:
+        kv = head // compose.ratio
+        both = {"scores": "qk", "output": "vo"}
+        if row.site not in ("head", *both):
+            raise HeadlabError(f"a head has no weights of its own at the site {row.site!r}: choose output, scores or head")
+        wanted = [half for half in both if row.site in ("head", half) and head in compose.kept[half]]
+        halves = [(both[half], compose.held(half), compose.groups_held(half)) for half in wanted]
+    for parts, slots, groups in halves:
+        for part in parts:
+            if part == "o":
+                yield family.o, (slots if compose is None else compose.kept["output"]).index(head), "in"
+            else:
+                place = slots.index(head) if part == "q" else groups.index(kv)
+                yield getattr(family, part), family.block(part, place, len(slots), len(groups)), "out"

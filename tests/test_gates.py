@@ -99,7 +99,9 @@ def test_a_value_bias_goes_and_the_bias_of_the_output_projection_stays(name: str
         hook.remove()
     bias = projection.bias if projection.bias is not None else torch.zeros(seen[0].shape[-1])
     assert torch.equal(seen[0], bias.expand_as(seen[0]))
-    assert (bias != 0).all() == (name in ("gpt2", "neox", "llama-bias") or name.startswith(("bert", "roberta", "electra")))
+    assert (bias != 0).all() == (
+        name in ("gpt2", "neox", "llama-bias", "dcpythia") or name.startswith(("bert", "roberta", "electra"))
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", *zoo.MHA_GQA_MQA, "gemma3", "bert-classifier", "t5"])

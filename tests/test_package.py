@@ -15,12 +15,20 @@ import headlab as hl
 
 FOLDER = Path(hl.__file__).parent
 FILES = sorted(path for path in FOLDER.rglob("*.py") if path.name != "__init__.py")
+INSIDE = {path.name for path in FOLDER.iterdir() if (path / "__init__.py").is_file()}
 HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "pandas", "scipy", "sklearn"}
 LAYERS = [
-    {"errors"}, {"results"}, {"scores"}, {"families"}, {"pruned"}, {"models"}, {"batches"}, {"texts"}, {"sites"},
-    {"gates"}, {"taylor", "exact"}, {"curves"}, {"surgery", "speed"}, {"plots"}, {"demo"}, {"cli"},
+    {"errors"}, {"results"}, {"scores"}, {"families"}, {"variants"}, {"dcmha.compose"}, {"dcmha.attention", "dcmha.cache"},
+    {"dcmha.checkpoint"}, {"dcmha.modeling"}, {"dcmha.attach"}, {"dcmha"}, {"pruned"}, {"dcmha.bridge"}, {"models"},
+    {"batches"}, {"texts"}, {"sites"}, {"gates"}, {"dcmha.factors"}, {"dcmha.maps"}, {"taylor", "exact"}, {"curves"},
+    {"surgery", "speed"}, {"plots"}, {"demo"}, {"options"}, {"folder"}, {"cli"},
 ]  # fmt: skip
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
+
+
+def name_of(path: Path) -> str:
+    """`gates`, or `dcmha.compose`."""
+    return ".".join(path.relative_to(FOLDER).with_suffix("").parts)
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -36,8 +44,10 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = f"headlab.{node.module or ''}".rstrip(".") if node.level else node.module or ""
-            found = [f"{module}.{alias.name}" for alias in node.names] if module == "headlab" else [module]
+            package = ["headlab", *path.relative_to(FOLDER).parent.parts][: -(node.level - 1) or None]
+            module = ".".join([*package, *filter(None, [node.module])]) if node.level else node.module or ""
+            packages = {"headlab", *(f"headlab.{name}" for name in INSIDE)}
+            found = [f"{module}.{alias.name}" for alias in node.names] if module in packages else [module]
         else:
             continue
         yield from ((name, id(node) not in later) for name in found)
@@ -48,8 +58,16 @@ def _is_for_types(node: ast.AST) -> bool:
 
 
 def own(path: Path) -> set[str]:
-    modules = {name.split(".")[1] for name, _ in imports(path) if name.startswith("headlab.")}
-    return modules - {"__version__"}
+    return {module for name, _ in imports(path) if (module := within(name))}
+
+
+def within(name: str) -> str:
+    """The module of headlab that an imported name is or is from: `headlab.dcmha.compose.Compose` -> `dcmha.compose`."""
+    parts = name.split(".")
+    if parts[0] != "headlab" or parts[1:] == ["__version__"]:
+        return ""
+    longer = ".".join(parts[1:3])
+    return longer if longer in LAYER_OF else ".".join(parts[1:2])
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -96,43 +114,46 @@ def test_types_see_the_same_names() -> None:
 
 
 def test_no_module_hides_something_public() -> None:
-    modules = {path.stem for path in FILES} | {path.name for path in FOLDER.iterdir() if path.is_dir()}
+    modules = {path.stem for path in FILES if path.parent == FOLDER} | {
+        path.name for path in FOLDER.iterdir() if path.is_dir()
+    }
     assert modules & set(hl.__all__) == {"plots"}
     assert Path(hl.plots.__file__).stem == "plots"
 
 
 def test_every_module_has_its_layer() -> None:
-    assert {path.stem for path in FILES} == set(LAYER_OF)
+    assert {name_of(path) for path in FILES} | INSIDE == set(LAYER_OF)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_one_way(path: Path) -> None:
-    assert {name for name in own(path) if LAYER_OF[name] >= LAYER_OF[path.stem]} == set()
+    assert {name for name in own(path) if LAYER_OF[name] >= LAYER_OF[name_of(path)]} == set()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_who_may_import_what(path: Path) -> None:
     packages = {name.split(".")[0] for name, _ in imports(path)}
     if path.stem != "plots":
         assert "plotly" not in packages
     if path.stem not in ("demo", "cli"):
         assert "plots" not in own(path)
-    if path.stem != "models":
+    if name_of(path) not in ("models", "dcmha.bridge"):
         assert not any(name.startswith("transformer_lens.model_bridge") for name, _ in imports(path))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_what_is_imported_late(path: Path) -> None:
     early = {name.split(".")[0] for name, now in imports(path) if now}
-    assert not early & {"transformer_lens", "pandas", "scipy", "sklearn"}
-    late = {name.split(".")[1] for name, now in imports(path) if not now and name.startswith("headlab.")}
+    if name_of(path) != "dcmha.bridge":  # which TransformerLens imports, or models.bridge when it is used
+        assert not early & {"transformer_lens", "pandas", "scipy", "sklearn"}
+    late = {module for name, now in imports(path) if not now and (module := within(name))}
     if path.stem == "models":
-        assert late == {"pruned"}
-    elif path.stem not in ("cli", "plots"):
+        assert late == {"pruned", "dcmha", "dcmha.bridge"}
+    elif path.stem not in ("cli", "folder", "plots"):
         assert late == set()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_nothing_is_pickled_or_unpickled(path: Path) -> None:
     packages = {name.split(".")[0] for name, _ in imports(path)}
     assert not packages & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -152,7 +152,7 @@ def attention_size(name: str, slots: int, groups: int) -> int:
     return (42 + bias) * 10 * (slots + 2 * groups) + 10 * slots * 42 + norms
 
 
-@pytest.mark.parametrize("name", zoo.ALL)
+@pytest.mark.parametrize("name", [name for name in zoo.ALL if name not in zoo.COMPOSED])
 @pytest.mark.parametrize("gqa", ["pad", "ungroup"])
 def test_sizes_by_hand(name: str, gqa: str) -> None:
     model, sizes = build(name), set()

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 
+from headlab import dcmha
+
 VOCAB, LAYERS, BATCH, POS = 101, 3, 4, 7
 _COMMON = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 # 6 query heads on 3, 2 or 1 key-value heads of 10: not the hidden size over the heads (transformers wants a multiple of 6)
@@ -25,6 +27,11 @@ _MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attent
 _T5 = {
     "vocab_size": VOCAB, "d_model": 37, "d_kv": 7, "d_ff": 59, "num_layers": LAYERS, "num_decoder_layers": 2, "num_heads": 5,
     "decoder_start_token_id": 0, "dropout_rate": 0.1,
+}  # fmt: skip
+
+_DC = _COMMON | {
+    "hidden_size": 42, "intermediate_size": 59, "num_hidden_layers": LAYERS, "num_attention_heads": 6, "head_dim": 10,
+    "max_position_embeddings": 61, "window_size": 5,
 }  # fmt: skip
 
 ZOO: dict[str, Callable[[], hf.PreTrainedModel]] = {
@@ -51,6 +58,15 @@ ZOO: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "granite": lambda: hf.GraniteForCausalLM(
         hf.GraniteConfig(**_LLAMA, num_key_value_heads=3, attention_multiplier=10**-0.5)  # by default 1: too steep
     ),
+    "dcformer-mha": lambda: dcmha.DCFormerForCausalLM(
+        dcmha.DCFormerConfig(**_DC, compose={"branches": dcmha.BRANCHES, "groups": 2, "rank": 1})
+    ),
+    "dcformer-gqa": lambda: dcmha.DCFormerForCausalLM(dcmha.DCFormerConfig(**_DC, num_key_value_heads=3, use_qk_norm=True)),
+    "dcformer-mqa": lambda: dcmha.DCFormerForCausalLM(
+        dcmha.DCFormerConfig(**_DC, num_key_value_heads=1, compose={"branches": ["query", "key_gate"], "residual": False})
+    ),
+    "dcpythia": lambda: dcmha.DCPythiaForCausalLM(dcmha.DCPythiaConfig(**_DC, rotary_pct=0.5, use_qk_norm=True)),
+    "dcformer-plain": lambda: dcmha.DCFormerForCausalLM(dcmha.DCFormerConfig(**_DC, compose=None)),
     "bert": lambda: hf.BertModel(hf.BertConfig(**_BERT)),
     "bert-mlm": lambda: hf.BertForMaskedLM(hf.BertConfig(**_BERT)),
     "bert-classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_BERT, num_labels=3)),
@@ -61,6 +77,7 @@ ZOO: dict[str, Callable[[], hf.PreTrainedModel]] = {
 }  # fmt: skip
 ALL = sorted(ZOO)
 MHA_GQA_MQA = ["llama-mha", "llama-gqa", "llama-mqa"]
+COMPOSED = [name for name in ALL if name.startswith("dc")]
 WITH_LOSS = [name for name in ALL if name not in ("bert", "t5-encoder")]
 CAUSAL = [name for name in WITH_LOSS if not name.startswith(("bert", "roberta", "electra", "t5"))]
 BRIDGED = ["gpt2", "neox", "llama-mha", "llama-gqa", "llama-mqa", "mistral", "qwen3", "gemma3", "bert-mlm", "t5"]

@@ -1,0 +1,20 @@
+"""Dynamically composable multi-head attention (DCMHA): DCFormer and DCPythia, and composable heads for other models.
+
+Importing this package tells transformers' Auto classes of all of them.
+"""
+
+from .attach import attach, detach
+from .compose import BRANCHES, PLACES, SITES, STAGES, Compose, scaled
+from .modeling import (
+    DCFormerConfig,
+    DCFormerForCausalLM,
+    DCFormerModel,
+    DCPythiaConfig,
+    DCPythiaForCausalLM,
+    DCPythiaModel,
+)
+
+__all__ = [
+    "BRANCHES", "PLACES", "SITES", "STAGES", "Compose", "DCFormerConfig", "DCFormerForCausalLM", "DCFormerModel",
+    "DCPythiaConfig", "DCPythiaForCausalLM", "DCPythiaModel", "attach", "detach", "scaled",
+]  # fmt: skip

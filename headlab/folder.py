@@ -1,0 +1,131 @@
+"""What the commands share: a model and texts in, results in and out of one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import HeadlabError
+from .options import Dtype, FillKind, Order
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .batches import Batch
+    from .gates import Fill
+    from .scores import HeadScores
+
+
+def open_model(name: str, dtype: Dtype, device: str) -> Any:
+    import torch
+
+    from .models import load
+
+    quieten()
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise HeadlabError(f"there is no device {device!r} here ({str(error).splitlines()[0]}): try cpu or cuda") from None
+    return load(name, dtype=dtype if dtype is Dtype.auto else getattr(torch, dtype), device=device)
+
+
+def quieten() -> None:
+    """Leave stderr to headlab's own progress bars and errors."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+
+
+def needed(text: Path | None) -> Path:
+    if text is None:
+        raise HeadlabError("this method needs a text: --text FILE")
+    return text
+
+
+def batches(model: nn.Module, text: Path, examples: int, length: int, batch_size: int, seed: int) -> list[Batch]:
+    from .batches import prepare
+    from .texts import read_batches
+
+    found = read_batches(model, text, examples=examples, length=length, batch_size=batch_size, seed=seed)
+    return list(prepare(model, found))
+
+
+def prompts(model: nn.Module, prompts: list[str]) -> Any:
+    """Prompts as the model takes them: texts for its tokenizer, or numbers."""
+    from .models import tokenizer
+
+    if tokenizer(model) is not None:
+        return prompts
+    try:
+        numbers = [[int(word) for word in prompt.replace(",", " ").split()] for prompt in prompts]
+    except ValueError:
+        raise HeadlabError("no tokenizer lies beside the model: give the prompt as token numbers, as in '5 7 11'") from None
+    import torch
+
+    return [{"input_ids": torch.tensor([tokens])} for tokens in numbers]
+
+
+def fill(model: nn.Module, data: list[Batch], kind: FillKind, out: Path) -> Fill | None:
+    """The means of the folder, measured now if they are not there yet."""
+    from .gates import Fill, fill
+
+    if kind is FillKind.zero:
+        return None
+    path = out / "fill-mean.safetensors"
+    if path.exists():
+        found = Fill.load(path)
+        found.check(model)
+        return found
+    found = fill(model, data)
+    found.save(path)
+    return found
+
+
+def named(name: str, site: str) -> str:
+    """The name of a result, with the site if that is not the usual one."""
+    return name if site == "output" else f"{name}-{site}"
+
+
+def ordered(model: nn.Module, order: Order, site: str, seed: int, out: Path) -> HeadScores:
+    """The scores that say what goes first."""
+    from .taylor import importance
+
+    if order in (Order.random, Order.magnitude):
+        return importance(model, method=order.value, seed=seed, site=site)  # type: ignore[arg-type]
+    return read_scores(out / f"{named(f'scores-{order}', site)}.json")
+
+
+def read_scores(path: Path) -> HeadScores:
+    from .scores import HeadScores
+
+    if not path.exists():
+        command = "ablate" if "ablation" in path.name else "score"
+        raise HeadlabError(f"there is no {path}: run headlab {command} with the same --out first")
+    return HeadScores.load(path)
+
+
+def store(result: Any, path: Path) -> Any:
+    """Write a result, unless the same is there already; another one is never replaced."""
+    if path.exists():
+        found = type(result).load(path)
+        if found.record != _as_saved(result.record):
+            raise HeadlabError(f"{path} holds another result (of another model, text or option): choose another --out")
+        return found
+    result.save(path)
+    return result
+
+
+def _as_saved(record: dict[str, Any]) -> Any:
+    import json
+
+    return json.loads(json.dumps(record))
+
+
+def write_csv(result: Any, path: Path) -> None:
+    from .results import write
+
+    write(path, lambda file: result.to_frame().to_csv(file, index=False))
