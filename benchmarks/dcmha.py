@@ -141,26 +141,30 @@ def work(jobs: list[Job], log: RowLog, options: argparse.Namespace) -> None:
     left = [job for job in jobs if job not in done]
     print(f"{len(jobs) - len(left)} of {len(jobs)} runs are in {options.out}", flush=True)
     corpus = Corpus.load(options.data) if any(job["kind"] == "train" for job in left) else None
+    skipped = 0
     for number, job in enumerate(left):
-        if time.monotonic() + expected(job, log.rows) > end:
-            print(f"{len(left) - number} runs are left for another time", flush=True)
-            return
         print(f"[{number + 1}/{len(left)}] {name_of(job)}", flush=True)
         start = time.monotonic()
-        if job["kind"] == "train":
-            assert corpus is not None
-            with compiled(job["compile"]):
-                result = train(job, corpus, options.device, end)
-        else:
-            result = {"speed": speed, "memory": memory}[job["kind"]](job, options.device)
+        result = None
+        if start + expected(job, log.rows) < end:
+            result = do(job, corpus, options.device, end)
         if result is None:
-            print("  would not end in time", flush=True)
+            skipped += 1
+            print("  skipped: it would not end in time", flush=True)
             continue
         where = machine(options.device) | {"seconds": time.monotonic() - start}
         log.append({"job": job, "where": where, "result": result})
         if options.device.startswith("cuda"):
             torch.cuda.empty_cache()
-    print("all done", flush=True)
+    print(f"{skipped} runs are left for another time" if skipped else "all done", flush=True)
+
+
+def do(job: Job, corpus: Corpus | None, device: str, end: float) -> dict[str, Any] | None:
+    if job["kind"] == "train":
+        assert corpus is not None
+        with compiled(job["compile"]):
+            return train(job, corpus, device, end)
+    return {"speed": speed, "memory": memory}[job["kind"]](job, device)
 
 
 def expected(job: Job, rows: list[dict[str, Any]]) -> float:

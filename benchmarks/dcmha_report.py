@@ -255,7 +255,7 @@ def table(header: list[str], lines: list[list[Any]]) -> str:
 
 def told_loss(result: Row) -> str:
     """The last on the validation set."""
-    return f"{result['valid'][-1][1]:.4f}" + (f" (diverged at step {result['diverged']})" if result["diverged"] else "")
+    return f"{result['valid'][-1][1]:.4f}" + (f" (diverged at step {result['diverged']})" if result.get("diverged") else "")
 
 
 def ms(spread: dict[str, float] | None) -> str:

@@ -316,6 +316,7 @@ BERT = register(
         model_types=("bert", "roberta", "xlm-roberta", "electra"),
     )
 )  # fmt: skip
+VIT = register(Family("vit", ("ViTAttention",), counts={"num_attention_heads": "slots"}, model_types=("vit",)))
 T5 = register(
     Family(
         "t5", ("T5Attention", "NarrowT5Attention"), q="q", k="k", v="v", o="o", d_head="key_value_proj_dim",

@@ -27,7 +27,8 @@ from headlab.dcmha import (
     attach,
     scaled,
 )
-from headlab.dcmha.factors import PARTS
+from headlab.dcmha.compose import Side
+from headlab.dcmha.factors import PARTS, LayerMaps, StageMaps
 from headlab.dcmha.maps import CompositionMaps, Link, composition_maps
 from headlab.errors import HeadlabError
 from headlab.models import rows
@@ -408,6 +409,17 @@ def test_the_same_token_everywhere_is_no_variation() -> None:
     # the first layer's input is the token's embedding, whatever its position
     assert [maps.explained_by_query(0, stage) for stage in STAGES] == [1.0] * 2
     assert maps.distance(0, "pre") > 0.1
+
+
+def test_rounding_is_no_variation() -> None:
+    gate = torch.full((1, 5, 3), 0.5)
+    gate[:, ::2] = torch.nextafter(gate[:, ::2], torch.ones(()))
+    for stray, explained in ((0.0, 1.0), (1e-3, 0.3)):
+        gate[0, 1, 2] = 0.5 + stray
+        maps = StageMaps((0, 1, 2), (0, 1, 2), 3, True, None, Side(), Side(gate=gate))
+        layer = LayerMaps(0, True, None, torch.ones(1, 5).bool(), {"pre": maps, "post": maps})
+        assert CompositionMaps((layer,)).explained_by_query(0, "pre") == pytest.approx(explained, abs=0.2)
+        assert stray or CompositionMaps((layer,)).explained_by_query(0, "pre") == 1
 
 
 def test_the_strongest_links() -> None:

@@ -148,7 +148,7 @@ def test_what_is_imported_late(path: Path) -> None:
         assert not early & {"transformer_lens", "pandas", "scipy", "sklearn"}
     late = {module for name, now in imports(path) if not now and (module := within(name))}
     if path.stem == "models":
-        assert late == {"pruned", "dcmha", "dcmha.bridge"}
+        assert late == {"pruned", "dcmha", "dcmha.attach", "dcmha.bridge"}
     elif path.stem not in ("cli", "folder", "plots"):
         assert late == set()
 

@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.generic import TransformersKwargs
 
 from ..errors import HeadlabError
-from ..families import PRUNED, Attention, Family, attentions, families, register, width_in
+from ..families import PRUNED, Attention, attentions, families, width_in
 from ..variants import Variant, base_of
 from .attention import Problem, Visible, attend, check_backend
 from .cache import remember
@@ -405,9 +405,6 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask as transformers makes it for its eager attention, but boolean; None where every query sees every key."""
     return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
 
-
-# TODO: belongs into headlab/families.py, beside the other descriptions
-VIT = register(Family("vit", ("ViTAttention",), counts={"num_attention_heads": "slots"}, model_types=("vit",)))
 
 AttentionInterface.register(IMPLEMENTATION, composed_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask)

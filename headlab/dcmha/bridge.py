@@ -53,7 +53,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from ..errors import HeadlabError
-from ..families import Family, child, families, weight_blocks
+from ..families import Family, attentions, child, families, weight_blocks
 from .attach import IMPLEMENTATION
 from .compose import SCORE_TAPS
 
@@ -209,6 +209,8 @@ class ComposedJointAttentionBridge(ComposedAttentionBridge, JointQKVAttentionBri
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)
         family = _family(original_component)
+        if self.o.original_component is getattr(original_component, family.o):
+            setattr(original_component, family.o, self.o)  # the wrapped module has to call it
         self.qkv.connect((self.q, self.k, self.v), self.config.d_head, family.joined == "heads")
         self.register_load_state_dict_post_hook(_rejoin)
 
@@ -318,7 +320,7 @@ class ComposedAdapter(ArchitectureAdapter):
         super().prepare_model(hf_model)
         hf_model.config.output_attentions = False  # `boot_transformers` sets it
         path = _maps_path(cast("Any", self.component_mapping)["blocks"].submodules["attn"])
-        modules = (cast("nn.Module", self.get_component(hf_model, f"blocks.{i}.attn")) for i in range(self.cfg.n_layers))
+        modules = (self.get_component(hf_model, f"blocks.{i}.attn") for i in range(self.cfg.n_layers))
         maps: list[Any] = [child(module, path) for module in modules]
         self._plain = [compose.trivial and len(set(map(tuple, compose.kept.values()))) == 1 for compose in maps]
 
@@ -484,8 +486,18 @@ class _Attached(ComposedAdapter):
                 conversions[f"blocks.{{i}}.attn.{name}"] = ParamProcessingConversion(conversion)
             self.weight_processing_conversions = conversions
 
+    def preprocess_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._uneven:
+            raise HeadlabError(
+                f"compatibility mode cannot process this pruned model: layer {self._uneven[0]} has values of heads whose "
+                "output is gone (its q, k and v are one projection); use the bridge with raw weights (no_processing=True)"
+            )
+        return super().preprocess_weights(state_dict)
+
     def prepare_model(self, hf_model: Any) -> None:
         super().prepare_model(hf_model)
+        joined = (row.compose for row in attentions(hf_model) if row.family.joined)
+        self._uneven = [i for i, compose in enumerate(joined) if compose.held("output") != compose.kept["output"]]
         hf_model.set_attn_implementation(IMPLEMENTATION)  # TransformerLens may have set `eager`, which composes nothing
 
 

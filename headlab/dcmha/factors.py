@@ -23,7 +23,7 @@ from .compose import BRANCHES, Side
 PARTS = ("identity", *BRANCHES)
 SIDES = ("query", "key")
 FACTORS = ("w1", "w2", "gate")
-STEADY = 1e-12  # maps whose variance is a smaller share than this of their mean square do not vary, they are rounded
+STEADY = 1e-12  # maps whose variance is a smaller share than this of their mean square only vary by rounding
 
 
 @dataclass(frozen=True, eq=False)
