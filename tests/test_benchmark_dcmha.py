@@ -307,12 +307,15 @@ def test_the_page_tells_what_was_measured(results: Path, tmp_path: Path, monkeyp
         ends[row["job"]["size"], row["job"]["variant"], row["job"]["seed"]] = row["result"]["valid"][-1][1]
     part = text.split("## The variants")[1].split("\n## ")[0]
     lines = {line.split("|")[1].strip(): line for line in part.splitlines() if "|" in line}
+    changes = []
     for variant in dcmha_train.VARIANTS:
         first, second = (ends["small", variant, seed] for seed in (0, 1))
         cells = [cell.strip() for cell in lines[f"`{variant}`"].split("|")]
         assert cells[5:8] == [f"{first:.4f}", f"{second:.4f}", f"{(first + second) / 2:.4f}"]
         gap = (first + second - ends["small", "mha-wide", 0] - ends["small", "mha-wide", 1]) / 2
         assert cells[8] == f"{gap:+.4f}"
+        changes.append(abs(first - ends["small", "mha-wide", 0] - second + ends["small", "mha-wide", 1]))
+    assert f"changes by up to {max(changes):.4f}" in text
     difference = ends["main", "dynamic", 0] - ends["main", "mha-wide", 0]
     assert f"`mha-wide`: {difference:+.4f}" in text
     assert (tmp_path / "figures" / "dcmha-loss.html").stat().st_size > 1_000_000  # with plotly in it: needs no network

@@ -19,7 +19,8 @@ INSIDE = {path.name for path in FOLDER.iterdir() if (path / "__init__.py").is_fi
 HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "pandas", "scipy", "sklearn"}
 LAYERS = [
     {"errors"}, {"results"}, {"scores"}, {"families"}, {"variants"}, {"dcmha.compose"}, {"dcmha.attention", "dcmha.cache"},
-    {"dcmha.checkpoint"}, {"dcmha.modeling"}, {"dcmha.attach"}, {"dcmha"}, {"pruned"}, {"dcmha.bridge"}, {"models"},
+    {"dcmha.checkpoint"}, {"dcmha.modeling"}, {"dcmha.attach"}, {"dcmha"}, {"pruned"}, {"dcmha.hooked"}, {"dcmha.bridge"},
+    {"models"},
     {"batches"}, {"texts"}, {"sites"}, {"gates"}, {"dcmha.factors"}, {"dcmha.maps"}, {"taylor", "exact"}, {"curves"},
     {"surgery", "speed"}, {"plots"}, {"demo"}, {"options"}, {"folder"}, {"cli"},
 ]  # fmt: skip
@@ -137,14 +138,14 @@ def test_who_may_import_what(path: Path) -> None:
         assert "plotly" not in packages
     if path.stem not in ("demo", "cli"):
         assert "plots" not in own(path)
-    if name_of(path) not in ("models", "dcmha.bridge"):
+    if name_of(path) not in ("models", "dcmha.bridge", "dcmha.hooked"):
         assert not any(name.startswith("transformer_lens.model_bridge") for name, _ in imports(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_what_is_imported_late(path: Path) -> None:
     early = {name.split(".")[0] for name, now in imports(path) if now}
-    if name_of(path) != "dcmha.bridge":  # which TransformerLens imports, or models.bridge when it is used
+    if name_of(path) not in ("dcmha.bridge", "dcmha.hooked"):  # which TransformerLens imports, or models.bridge when it is used
         assert not early & {"transformer_lens", "pandas", "scipy", "sklearn"}
     late = {module for name, now in imports(path) if not now and (module := within(name))}
     if path.stem == "models":

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -75,7 +75,7 @@ class StageMaps:
     def tokens(self, branch: str, example: int, positions: Any = slice(None)) -> Float[Tensor, "pos source target"]:
         """What single tokens of an example add to the maps by a branch of a side."""
         side = self.query if branch.startswith("query") else self.key
-        w1, w2, gate = (None if x is None else x[example, positions].double() for x in (side.w1, side.w2, side.gate))
+        w1, w2, gate = (cast("Any", x if x is None else x[example, positions].double()) for x in (side.w1, side.w2, side.gate))
         if branch.endswith("_gate"):
             return gate[:, None] * self.same
         return torch.einsum("prm,prn->pmn", w1, w2) * self.within
@@ -83,7 +83,7 @@ class StageMaps:
     def total(self, branch: str, example: int, weights: Float[Tensor, " pos"]) -> Float[Tensor, "source target"]:
         """The same, summed over tokens with weights; no map of a token is formed."""
         side = self.query if branch.startswith("query") else self.key
-        w1, w2, gate = (None if x is None else x[example].double() for x in (side.w1, side.w2, side.gate))
+        w1, w2, gate = (cast("Any", x if x is None else x[example].double()) for x in (side.w1, side.w2, side.gate))
         if branch.endswith("_gate"):
             return (weights @ gate) * self.same
         return torch.einsum("p,prm,prn->mn", weights, w1, w2) * self.within
