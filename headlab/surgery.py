@@ -115,9 +115,7 @@ def _left_composed(row: Attention, gone: set[int], site: str) -> Left:
         return replace(pruned.there(row), groups=(), composed=None)
     if not kept["scores"]:  # a place for the keys in the cache; `_silence` makes its scores zero
         kept["scores"] = compose.kept["scores"][:1]
-    return replace(
-        pruned.there(row), groups=grouped(kept["output"], compose.ratio), composed={**kept, "places": places}
-    )
+    return replace(pruned.there(row), groups=grouped(kept["output"], compose.ratio), composed={**kept, "places": places})
 
 
 def _silence(row: Attention, gone: set[int], site: str, left: Left) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from headlab.dcmha import attention
 from headlab.dcmha.attention import Problem, Visible, attend
-from headlab.dcmha.compose import BRANCHES, SITES, Compose, Side, scaled
+from headlab.dcmha.compose import Compose, Side, scaled
+from headlab.dcmha.places import BRANCHES, SITES
 from headlab.errors import HeadlabError
 
 BATCH, HEADS, D_HEAD, D_VALUE, WIDTH = 2, 6, 5, 3, 7

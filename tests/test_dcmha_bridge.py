@@ -692,7 +692,9 @@ def test_installing_headlab_is_enough(monkeypatch: pytest.MonkeyPatch, name: str
     adapter = getattr(module, f"{name}Adapter")
     (point,) = entry_points(group="transformer_lens.architectures", name=f"{name}ForCausalLM")
     assert point.load() is adapter
-    known = {key: value for key, value in ArchitectureAdapterFactory._adapters.items() if not key.startswith(("DC", "Composed"))}
+    known = {
+        key: value for key, value in ArchitectureAdapterFactory._adapters.items() if not key.startswith(("DC", "Composed"))
+    }
     monkeypatch.setattr(ArchitectureAdapterFactory, "_adapters", known)
     monkeypatch.setattr(ArchitectureAdapterFactory, "_entry_points_discovered", False)
     config = TransformerBridgeConfig(d_model=8, d_head=4, n_heads=2, n_layers=1, n_ctx=16, architecture=f"{name}ForCausalLM")

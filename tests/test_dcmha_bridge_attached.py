@@ -20,7 +20,7 @@ import headlab as hl
 from headlab import models
 from headlab.dcmha import BRANCHES, STAGES, attach
 from headlab.dcmha import bridge as module
-from headlab.dcmha.compose import SCORE_TAPS
+from headlab.dcmha.places import SCORE_TAPS
 from tests import zoo
 
 LLAMAS = ["llama-mha", "llama-gqa", "llama-mqa"]

@@ -23,7 +23,7 @@ from headlab.dcmha import (
     DCPythiaForCausalLM,
     DCPythiaModel,
 )
-from headlab.dcmha.compose import DYNAMIC, STAGES
+from headlab.dcmha.places import DYNAMIC, STAGES
 from headlab.errors import HeadlabError
 
 from . import dcmha_loop

@@ -12,19 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from headlab.dcmha.compose import (
-    BRANCHES,
-    DYNAMIC,
-    PLACES,
-    SCORE_TAPS,
-    SITES,
-    STAGES,
-    Compose,
-    Side,
-    Sides,
-    places_of,
-    scaled,
-)
+from headlab.dcmha.compose import Compose, Side, Sides, scaled
+from headlab.dcmha.places import BRANCHES, DYNAMIC, PLACES, SCORE_TAPS, SITES, STAGES, places_of
 from headlab.errors import HeadlabError
 
 from . import dcmha_loop

@@ -414,12 +414,11 @@ def test_the_same_token_everywhere_is_no_variation() -> None:
 def test_rounding_is_no_variation() -> None:
     gate = torch.full((1, 5, 3), 0.5)
     gate[:, ::2] = torch.nextafter(gate[:, ::2], torch.ones(()))
-    for stray, explained in ((0.0, 1.0), (1e-3, 0.3)):
-        gate[0, 1, 2] = 0.5 + stray
-        maps = StageMaps((0, 1, 2), (0, 1, 2), 3, True, None, Side(), Side(gate=gate))
-        layer = LayerMaps(0, True, None, torch.ones(1, 5).bool(), {"pre": maps, "post": maps})
-        assert CompositionMaps((layer,)).explained_by_query(0, "pre") == pytest.approx(explained, abs=0.2)
-        assert stray or CompositionMaps((layer,)).explained_by_query(0, "pre") == 1
+    maps = StageMaps((0, 1, 2), (0, 1, 2), 3, True, None, Side(), Side(gate=gate))
+    layer = LayerMaps(0, True, None, torch.ones(1, 5).bool(), {"pre": maps, "post": maps})
+    assert CompositionMaps((layer,)).explained_by_query(0, "pre") == 1
+    gate[0, 1, 2] += 1e-3
+    assert CompositionMaps((layer,)).explained_by_query(0, "pre") < 0.5
 
 
 def test_the_strongest_links() -> None:

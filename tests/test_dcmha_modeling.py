@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from headlab.dcmha import BRANCHES, DCFormerConfig, DCFormerForCausalLM, DCPythiaConfig, DCPythiaForCausalLM, scaled
-from headlab.dcmha.compose import DYNAMIC, STAGES, Compose
+from headlab.dcmha.compose import Compose
+from headlab.dcmha.places import DYNAMIC, STAGES
 from headlab.errors import HeadlabError
 
 from . import dcmha_loop

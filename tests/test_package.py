@@ -18,11 +18,11 @@ FILES = sorted(path for path in FOLDER.rglob("*.py") if path.name != "__init__.p
 INSIDE = {path.name for path in FOLDER.iterdir() if (path / "__init__.py").is_file()}
 HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "pandas", "scipy", "sklearn"}
 LAYERS = [
-    {"errors"}, {"results"}, {"scores"}, {"families"}, {"variants"}, {"dcmha.compose"}, {"dcmha.attention", "dcmha.cache"},
-    {"dcmha.checkpoint"}, {"dcmha.modeling"}, {"dcmha.attach"}, {"dcmha"}, {"pruned"}, {"dcmha.hooked"}, {"dcmha.bridge"},
-    {"models"},
-    {"batches"}, {"texts"}, {"sites"}, {"gates"}, {"dcmha.factors"}, {"dcmha.maps"}, {"taylor", "exact"}, {"curves"},
-    {"surgery", "speed"}, {"plots"}, {"demo"}, {"options"}, {"folder"}, {"cli"},
+    {"errors"}, {"results"}, {"scores"}, {"families"}, {"variants"}, {"dcmha.places"}, {"dcmha.compose"},
+    {"dcmha.attention", "dcmha.cache"}, {"dcmha.configuration"}, {"dcmha.checkpoint"}, {"dcmha.modeling"},
+    {"dcmha.attach"}, {"dcmha"}, {"pruned"}, {"dcmha.hooked"}, {"dcmha.bridge"}, {"models"}, {"batches"}, {"texts"},
+    {"sites"}, {"gates"}, {"dcmha.factors"}, {"dcmha.maps"}, {"taylor", "exact"}, {"curves"}, {"surgery", "speed"},
+    {"plots"}, {"demo"}, {"options"}, {"folder"}, {"cli"},
 ]  # fmt: skip
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 
@@ -145,7 +145,7 @@ def test_who_may_import_what(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_what_is_imported_late(path: Path) -> None:
     early = {name.split(".")[0] for name, now in imports(path) if now}
-    if name_of(path) not in ("dcmha.bridge", "dcmha.hooked"):  # which TransformerLens imports, or models.bridge when it is used
+    if name_of(path) not in ("dcmha.bridge", "dcmha.hooked"):  # imported by TransformerLens, or when used
         assert not early & {"transformer_lens", "pandas", "scipy", "sklearn"}
     late = {module for name, now in imports(path) if not now and (module := within(name))}
     if path.stem == "models":

@@ -4,15 +4,10 @@ Importing this package tells transformers' Auto classes of all of them.
 """
 
 from .attach import attach, detach
-from .compose import BRANCHES, PLACES, SITES, STAGES, Compose, scaled
-from .modeling import (
-    DCFormerConfig,
-    DCFormerForCausalLM,
-    DCFormerModel,
-    DCPythiaConfig,
-    DCPythiaForCausalLM,
-    DCPythiaModel,
-)
+from .compose import Compose, scaled
+from .configuration import DCFormerConfig, DCPythiaConfig
+from .modeling import DCFormerForCausalLM, DCFormerModel, DCPythiaForCausalLM, DCPythiaModel
+from .places import BRANCHES, PLACES, SITES, STAGES
 
 __all__ = [
     "BRANCHES", "PLACES", "SITES", "STAGES", "Compose", "DCFormerConfig", "DCFormerForCausalLM", "DCFormerModel",

@@ -28,7 +28,8 @@ from ..families import PRUNED, Attention, attentions, families, width_in
 from ..variants import Variant, base_of
 from .attention import Problem, Visible, attend, check_backend
 from .cache import remember
-from .compose import BRANCHES, STAGES, Compose, Sides
+from .compose import Compose, Sides
+from .places import BRANCHES, STAGES
 
 IMPLEMENTATION = "headlab_composed"
 COMPOSED = "composed_"  # how the model type of a model with attached maps begins: composed_llama

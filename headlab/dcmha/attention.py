@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import HeadlabError
-from .compose import STAGES, Compose, Constants, Sides
+from .compose import Compose, Constants, Sides
+from .places import STAGES
 
 BLOCK = 128  # queries at a time, in the chunked backend
 

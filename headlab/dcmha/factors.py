@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .compose import BRANCHES, Side
+from .compose import Side
+from .places import BRANCHES
 
 PARTS = ("identity", *BRANCHES)
 SIDES = ("query", "key")
@@ -75,7 +76,8 @@ class StageMaps:
     def tokens(self, branch: str, example: int, positions: Any = slice(None)) -> Float[Tensor, "pos source target"]:
         """What single tokens of an example add to the maps by a branch of a side."""
         side = self.query if branch.startswith("query") else self.key
-        w1, w2, gate = (cast("Any", x if x is None else x[example, positions].double()) for x in (side.w1, side.w2, side.gate))
+        parts = (side.w1, side.w2, side.gate)
+        w1, w2, gate = (cast("Any", x if x is None else x[example, positions].double()) for x in parts)
         if branch.endswith("_gate"):
             return gate[:, None] * self.same
         return torch.einsum("prm,prn->pmn", w1, w2) * self.within

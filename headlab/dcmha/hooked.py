@@ -20,7 +20,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from ..families import Family, child, families, weight_blocks
-from .compose import SCORE_TAPS
+from .places import SCORE_TAPS
 
 
 def hook_name(tap: str) -> str:

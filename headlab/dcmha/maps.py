@@ -26,8 +26,9 @@ from ..errors import HeadlabError
 from ..families import Attention, bare
 from ..models import describe, evaluating, rows, tokenizer
 from ..results import FORMAT, Result, write
-from .compose import STAGES, Compose, Side, Sides
+from .compose import Compose, Side, Sides
 from .factors import FACTORS, PARTS, SIDES, LayerMaps, Moments, StageMaps, mean_product, moments
+from .places import STAGES
 
 if TYPE_CHECKING:
     import pandas as pd
