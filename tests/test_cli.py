@@ -241,3 +241,66 @@ def test_a_timing_is_not_replaced(run: Run, failing: Callable[..., str], model: 
     assert run("prune", model, "-o", tmp_path, "--order", "random")[0] == 0
     assert run("time", model, "-o", tmp_path, "--sizes", "1x3", "--repeats", 1)[0] == 0
     assert "is there already" in failing("time", model, "-o", tmp_path, "--sizes", "1x3")
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_with_tokenizer(zoo.build("dcformer-gqa"), tmp_path_factory.mktemp("model") / "dcformer")
+
+
+@pytest.mark.parametrize("site", ["scores", "head", "post_key"])
+def test_composed_heads_at_a_site(run: Run, composed: Path, text: Path, tmp_path: Path, site: str) -> None:
+    out = tmp_path / "results"
+    common = ["--text", text, "--out", out, "--site", site, *SMALL]
+    for command in (["score", composed], ["ablate", composed], ["curve", composed, "--steps", 2]):
+        assert run(*command, *common)[0] == 0
+    status, said, _ = run("prune", composed, "--out", out, "--keep", 0.5, "--site", site)
+    assert status == 0
+    assert "9 of 18 heads removed" in said
+    difference = float(said.split("masked model ")[1].split(";")[0])
+    assert difference < 1e-5
+    names = {file.name for file in out.iterdir()}
+    kinds = ("scores-taylor", "scores-ablation", "curve-taylor")
+    assert {f"{kind}-{site}.json" for kind in kinds} | {f"pruned-{site}", f"pruned-{site}-mask.json"} <= names
+    assert hl.HeadScores.load(out / f"scores-taylor-{site}.json").record["site"] == site
+    assert hl.Curve.load(out / f"curve-taylor-{site}.json").record["site"] == site
+    timed = run("time", composed, "--out", out, "--pruned", out / f"pruned-{site}", "--sizes", "1x7", "--repeats", 1)
+    assert timed[0] == 0
+    assert "masked" in timed[1]
+
+
+def test_plain_attention_has_one_site(
+    failing: Callable[..., str], model: Path, composed: Path, text: Path, tmp_path: Path
+) -> None:
+    common = ["--text", text, "--out", tmp_path, *SMALL, "--site"]
+    assert "has one site, 'output', not 'scores'" in failing("score", model, *common, "scores")
+    assert "composed heads have the sites output, head, scores" in failing("ablate", composed, *common, "nonsense")
+    assert "there is no" in failing("prune", composed, "--out", tmp_path, "--site", "scores")
+
+
+def test_maps(run: Run, failing: Callable[..., str], composed: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "maps"
+    prompt = " ".join(WORDS[:5])
+    status, said, _ = run("maps", composed, "--prompt", prompt, "--out", out, "--layer", 2)
+    assert status == 0
+    assert "strongest links" in said
+    assert {file.name for file in out.iterdir()} == {
+        "maps.csv", "maps-mean.csv", "maps.html", "maps-layer2.html", "maps.safetensors",
+    }  # fmt: skip
+    maps = hl.CompositionMaps.load(out / "maps.safetensors")
+    lines = (out / "maps-mean.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3 * 2 * 6 * 6
+    assert float(lines[1 + 36 + 6 * 2 + 5].split(",")[-1]) == pytest.approx(float(maps.mean(0, "post")[2, 5]))
+    assert run("maps", composed, "--prompt", prompt, "--out", out)[0] == 0
+    assert "holds another result" in failing("maps", composed, "--prompt", WORDS[7], "--out", out)
+    assert "no composable heads" in failing("maps", model, "--prompt", prompt, "--out", tmp_path / "other")
+    assert "no composition maps of layer 7" in failing("maps", composed, "-p", prompt, "-l", 7, "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_maps_without_a_tokenizer(run: Run, failing: Callable[..., str], tmp_path: Path) -> None:
+    zoo.build("dcpythia").save_pretrained(tmp_path / "model")
+    numbers = run("maps", tmp_path / "model", "--prompt", "5 7, 11", "--out", tmp_path / "maps")
+    assert numbers[0] == 0
+    assert "3 tokens" in numbers[1]
+    assert "give the prompt as token numbers" in failing("maps", tmp_path / "model", "--prompt", "five", "--out", tmp_path)

@@ -670,19 +670,20 @@ def test_a_base_without_the_identity_stays() -> None:
         detach(model)
 
 
-def test_pruned_maps_stay() -> None:
-    model = attach(build("llama-gqa"))
-    small = hl.prune(model, hl.HeadMask.without(hl.heads(model), ["L0H0"]))
-    assert type(small).__name__ == "PrunedComposedLlamaForCausalLM"
-    assert small.config.model_type == "headlab_composed_llama"
-    near(outputs(small, batch_for("llama-gqa")), masked_outputs(model))
+@pytest.mark.parametrize(
+    ("name", "site"), [("llama-gqa", "output"), ("gpt2", "scores"), ("neox", "scores"), ("neox", "output")]
+)
+def test_pruned_maps_stay(name: str, site: str) -> None:
+    model, batch = perturbed(attach(build(name)), size=0.1), batch_for(name)
+    heads = hl.heads(model, site)
+    mask = hl.HeadMask.without(heads, [heads[1], heads[-1]])
+    small = hl.prune(model, mask, site=site)
+    assert type(small).__name__ == f"Pruned{type(model).__name__}"
+    assert small.config.model_type == f"headlab_{model.config.model_type}"
+    with hl.masked(model, mask, site=site):
+        near(outputs(small, batch), outputs(model, batch))
     with pytest.raises(hl.HeadlabError, match="pruned"):
         detach(small)
-
-
-def masked_outputs(model: nn.Module) -> Tensor:
-    with hl.masked(model, hl.HeadMask.without(hl.heads(model), ["L0H0"])):
-        return outputs(model, batch_for("llama-gqa"))
 
 
 # --- what is refused

@@ -114,9 +114,8 @@ class DCMLP(nn.Module):
             return self.down_proj(F.gelu(self.up_proj(x)))
         hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)  # [batch, pos, d_mlp]
         if self.groups:
-            weights = (
-                self.group_proj(x).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
-            )  # [batch, pos, group]
+            wide = torch.promote_types(x.dtype, torch.float32)
+            weights = self.group_proj(x).softmax(-1, dtype=wide).to(x.dtype)  # [batch, pos, group]
             hidden = (hidden.unflatten(-1, (self.groups, -1)) * weights[..., None]).flatten(-2)
         return self.down_proj(hidden)
 
