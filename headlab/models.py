@@ -91,8 +91,9 @@ def _class_of(config: Any) -> Any:
         from . import pruned
 
         return pruned.model_class(_registered(name.removeprefix("Pruned"), type(config).__base__))
-    if (found := _registered(name, type(config))) is not None:
-        return found
+    for candidate in (name, f"{name}ForCausalLM"):  # published DCFormer checkpoints name the architecture only
+        if (found := _registered(candidate, type(config))) is not None:
+            return found
     if getattr(config, "auto_map", None):
         raise HeadlabError(f"cannot open {config._name_or_path!r}: {name} is code of its own, which headlab never runs")
     return transformers.AutoModelForCausalLM if name.endswith(("ForCausalLM", "LMHeadModel")) else transformers.AutoModel

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import headlab as hl
 from headlab.dcmha import (
     DCFormerConfig,
     DCFormerForCausalLM,
@@ -593,3 +594,13 @@ def test_files_that_cannot_be_read(tmp_path):
         fails(folder, "is no index of shards: it has no readable weight_map")
     index.write_text(json.dumps({"weight_map": {"norm.weight": "../secret.safetensors"}}))
     fails(folder, r"points outside its folder, to ../secret.safetensors")
+
+
+def test_load_opens_a_published_checkpoint_as_a_language_model(case, tmp_path):
+    """Its config names the architecture only (`DCFormer`), not a class."""
+    for folder in (GOLDEN / case, write(tmp_path / "bin", case, suffix="bin", shards=2)):
+        model = hl.load(folder)
+        assert type(model) is model_class(case)
+        with torch.no_grad():
+            logits = model(expected(case)["input_ids"]).logits
+        torch.testing.assert_close(logits, expected(case)["logits"], rtol=0, atol=1e-4)
