@@ -6,6 +6,7 @@ All private paths of TransformerLens that headlab needs are in this module.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import sys
@@ -23,6 +24,7 @@ from . import __version__
 from .errors import HeadlabError
 from .families import PRUNED, Attention, attentions, bare
 from .scores import Head, Heads
+from .variants import base_of, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,14 +88,13 @@ def _pruned_config(name: str) -> Any:
 
 def _class_of(config: Any) -> Any:
     """The class that a checkpoint was saved from; a bare or unknown one opens as `AutoModel`."""
-    name = (config.architectures or ["AutoModel"])[0]
-    if config.model_type.startswith(PRUNED):
-        from . import pruned
-
-        return pruned.model_class(_registered(name.removeprefix("Pruned"), type(config).__base__))
+    name, made = unwrapped((config.architectures or ["AutoModel"])[0])  # PrunedLlamaForCausalLM: a pruned Llama ...
+    base = type(config)
+    for _ in made:
+        base = base_of(base)
     for candidate in (name, f"{name}ForCausalLM"):  # published DCFormer checkpoints name the architecture only
-        if (found := _registered(candidate, type(config))) is not None:
-            return found
+        if (found := _registered(candidate, base)) is not None:
+            return functools.reduce(lambda cls, variant: variant.model_class(cls), made, found)
     if getattr(config, "auto_map", None):
         raise HeadlabError(f"cannot open {config._name_or_path!r}: {name} is code of its own, which headlab never runs")
     return transformers.AutoModelForCausalLM if name.endswith(("ForCausalLM", "LMHeadModel")) else transformers.AutoModel
@@ -248,7 +249,7 @@ def tokenizer(model: nn.Module) -> PreTrainedTokenizerBase | None:
 def fingerprint(model: nn.Module) -> str:
     """Twelve hex digits that tell models apart by their attention weights, in float32 as in bfloat16, plain or bridged."""
     digest = hashlib.sha256()
-    weights: list[Any] = [bare(inner(model).get_input_embeddings()).weight]
+    weights: list[Any] = [next(bare(inner(model).get_input_embeddings()).parameters())]
     for row in rows(model):
         digest.update(f"{row.family.name} {row.stack} {row.groups}".encode())
         paths = (row.family.q, row.family.k, row.family.v, row.family.o) if row.slots else (row.family.o,)

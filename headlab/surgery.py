@@ -81,11 +81,7 @@ def prune(
     for row in rows(small):
         if row.compose is not None:
             _silence(row, gone[row.row], site, left[row.row])
-    config = small.config
-    # The classes change in place: submodules share this config, and the model keeps what was set on it.
-    config.__class__ = pruned.config_class(type(config))  # type: ignore[arg-type]  # mypy takes no class for hashable
-    config.headlab = pruned.to_config(left) | {"before": before["before"]}
-    small.__class__ = pruned.model_class(type(small))  # type: ignore[arg-type]  # mypy takes no class for hashable
+    pruned.PRUNING.enter(small, pruned.to_config(left) | {"before": before["before"]})
     pruned.shrink(small, left)
     for row, extra in zip(rows(small), added, strict=True):
         if extra is not None:

@@ -217,16 +217,6 @@ def test_a_fresh_layer_is_next_to_the_identity_and_with_identity_is_it():
         assert torch.equal(compose.mix(stage, a, sides[f"{stage}_query"], sides[f"{stage}_key"]), a)
 
 
-def test_options_make_the_same_maps_again():
-    compose = build(branches=("base", "pre_key", "query_gate"), rank=3, groups=2, residual=False)
-    again = Compose(WIDTH, HEADS, **compose.options()).double()
-    again.load_state_dict(compose.state_dict())
-    x, y, a = inputs()
-    for stage in STAGES:
-        mine, theirs = (c.mix(stage, a, c(x)[f"{stage}_query"], c(y)[f"{stage}_key"]) for c in (compose, again))
-        assert torch.equal(mine, theirs)
-
-
 # --- what a cache keeps
 
 

@@ -200,7 +200,7 @@ def test_all_at_once(
     scale: dict[str, float], seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
-    model: Any = build(window=window, rank=rank, groups=groups, residual=residual)
+    model: Any = build(branches=BRANCHES, window=window, rank=rank, groups=groups, residual=residual)
     left = {name: sorted(heads) for name, heads in zip(("scores", "probabilities", "output"), kept, strict=True)}
     compose = model.model.layers[1].self_attn.compose
     narrow(model.model.layers[1].self_attn, left, [place for place in compose.places if place in places])

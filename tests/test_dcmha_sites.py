@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor
 
 import headlab as hl
@@ -388,3 +389,33 @@ def test_what_a_joined_projection_keeps() -> None:
     attention = again.transformer.h[0].attn
     assert attention.c_attn.weight.shape == (35, 3 * 4 * 7)  # head 1 is gone with both halves
     assert attention.c_proj.weight.shape == (3 * 7, 35)
+
+
+def test_attached_image_models_are_pruned_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = hf.ViTConfig(
+        hidden_size=30, num_hidden_layers=2, num_attention_heads=5, intermediate_size=37, image_size=8, patch_size=4
+    )
+    model = attach(hf.ViTForImageClassification(config)).eval()
+    heads = hl.heads(model)
+    small = hl.prune(model, hl.HeadMask.without(heads, heads[1:3]), site="head")
+    pictures = {"pixel_values": torch.randn(3, 3, 8, 8)}
+    o_proj = model.vit.layers[0].attention.o_proj
+    zero = lambda _, args: (args[0].unflatten(-1, (5, 6)).index_fill(2, torch.tensor([1, 2]), 0).flatten(2),)  # noqa: E731
+    with torch.no_grad():
+        handle = o_proj.register_forward_pre_hook(zero)  # the maps are the identity, so this is what is left of a head
+        expected = model(**pictures).logits
+        handle.remove()
+        torch.testing.assert_close(small(**pictures).logits, expected, rtol=0, atol=1e-6)
+        hl.save_pruned(small, tmp_path / "small")
+        torch.testing.assert_close(hl.load(tmp_path / "small")(**pictures).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_a_class_that_no_auto_class_opens(tmp_path: Path) -> None:
+    config = hf.GPT2Config(n_embd=30, n_layer=2, n_head=3, vocab_size=17, n_positions=9, bos_token_id=1, eos_token_id=2)
+    model = attach(hf.GPT2DoubleHeadsModel(config))
+    model.save_pretrained(tmp_path / "whole")
+    assert type(hl.load(tmp_path / "whole")) is type(model)
+    small = hl.prune(model, hl.HeadMask([[1, 1, 0], [1, 1, 1]]), site="head")
+    hl.save_pruned(small, tmp_path / "small")
+    assert type(hl.load(tmp_path / "small")) is type(small)

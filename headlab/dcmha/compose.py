@@ -161,13 +161,6 @@ class Compose(nn.Module):
             names += [f"{place}_w1", f"{place}_w2"] if low_rank else [place]
         return names
 
-    def options(self) -> dict[str, Any]:
-        """The arguments that make such maps again."""
-        return {
-            "rank": self.rank, "groups": self.groups, "branches": list(self.places), "stages": list(STAGES),
-            "residual": self.residual, "hidden": self.hidden,
-        }  # fmt: skip
-
     def initialise(self, identity: bool = False) -> None:
         """Draw fresh weights as the public training code does: maps start next to the identity.
 
