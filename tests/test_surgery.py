@@ -64,6 +64,8 @@ def test_masked_equals_pruned(name: str, attention: str, gqa: str, with_fill: bo
 @given(seed=st.integers(0, 10**6), gqa=st.sampled_from(["pad", "ungroup"]), with_fill=st.booleans())
 def test_masked_equals_pruned_for_any_mask(name: str, attention: str, seed: int, gqa: str, with_fill: bool) -> None:
     model = build(name, attention)
+    if name in zoo.COMPOSED:  # random maps amplify rounding, at times to 1.1e-5 in float32
+        model = model.double()
     fill = hl.fill(model, [zoo.batch_for(name, labels=False)]) if with_fill else None
     check(model, name, random_mask(model, seed), fill, gqa)
 
