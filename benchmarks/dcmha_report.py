@@ -135,7 +135,7 @@ def main_part(runs: dict[tuple[str, int], Row], docs: Path) -> list[str]:
             parts.append(
                 f"Seed {seed}: validation loss of `dynamic` minus that of `mha-wide`: {difference:+.4f} nats per token."
             )
-    return [*parts, picture(figure, docs, "dcmha-loss", "Loss in training and on the validation set")]
+    return [*parts, *notes(runs), picture(figure, docs, "dcmha-loss", "Loss in training and on the validation set")]
 
 
 def variant_part(runs: dict[tuple[str, int], Row], docs: Path) -> list[str]:
@@ -246,6 +246,11 @@ def memory_part(rows: list[Row]) -> list[str]:
 def table(header: list[str], lines: list[list[Any]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+
+
+def notes(runs: dict[tuple[str, int], Row]) -> list[str]:
+    """What is to be known of single runs, as whoever made them wrote into the results by hand (`note`)."""
+    return [f"Note on `{variant}`, seed {seed}: {row['note']}." for (variant, seed), row in runs.items() if "note" in row]
 
 
 def told_loss(result: Row) -> str:

@@ -65,7 +65,10 @@ class Variant:
         The classes change in place: submodules share the config, and the model keeps what was set on it.
         """
         config = model.config
-        config.__class__ = self.config_class(type(config))
+        base: Any = type(config)
+        config.__class__ = self.config_class(base)
+        if config.__class__ is not base:
+            _register_models(self, config.__class__, base)
         setattr(config, self.field, field)
         become(model, self.model_class(type(model)))
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from math import sqrt
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -774,3 +775,12 @@ def test_vit_has_a_description() -> None:
     model = build("vit")
     assert [len(row.heads) for row in attentions(model)] == [5, 5, 5]
     assert {row.family for row in attentions(model)} == {family}
+
+
+def test_a_fresh_model_of_an_attached_config_starts_at_the_identity() -> None:
+    model = attach(zoo.build("llama-gqa"), rank=3)
+    fresh = hf.AutoModelForCausalLM.from_config(model.config)
+    assert type(fresh) is type(model)
+    first = fresh.model.layers[0].self_attn.compose
+    assert first.dw1.weight.std().item() == pytest.approx(sqrt(2 / (42 + first.hidden)), rel=0.1)  # as published
+    assert type(detach(fresh)) is hf.LlamaForCausalLM
