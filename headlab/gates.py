@@ -17,7 +17,6 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from .batches import Batches, describe_data, forward, prepare, real_tokens
 from .errors import HeadlabError
 from .families import Attention, weight_blocks
 from .models import describe, evaluating, fingerprint, head_rows, rows
-from .results import FORMAT, Result, write
+from .results import FORMAT, Result, read_tensors, write
 from .scores import Head, HeadMask
 from .sites import Pass, at_sites
 
@@ -151,16 +150,7 @@ class Fill(Result):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a fill from its safetensors file."""
-        if not Path(path).is_file():
-            raise HeadlabError(f"there is no file {path}")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError:
-            raise HeadlabError(f"{path} is not a fill (it is not a safetensors file)") from None
-        if meta.get("kind") != cls.kind or meta.get("headlab") != str(FORMAT):
-            raise HeadlabError(f"{path} is not a fill that this version of headlab can read")
+        meta, tensors = read_tensors(path, cls.kind, "is not a fill")
 
         def group(name: str) -> tuple[Tensor, ...]:
             n = sum(key.startswith(f"{name}.") for key in tensors)

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .errors import HeadlabError
 
@@ -215,3 +215,22 @@ class RowLog:
         except OSError as error:
             message = f"could not write {self.path}: {_reason(error)}; run again to go on from the last row"
             raise HeadlabError(message) from error
+
+
+def read_tensors(path: str | Path, kind: str, no: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """The texts and the tensors of a result that is a safetensors file.
+
+    Raises:
+        HeadlabError: there is no such file, or it is none of this kind (`no` says so: "is not a fill").
+    """
+    if not Path(path).is_file():
+        raise HeadlabError(f"there is no file {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        raise HeadlabError(f"{path} {no} (it is not a safetensors file)") from None
+    if meta.get("kind") != kind or meta.get("headlab") != str(FORMAT):
+        raise HeadlabError(f"{path} {no} that this version of headlab can read")
+    return meta, tensors

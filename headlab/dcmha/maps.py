@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +24,7 @@ from ..batches import Batch, Batches, describe_data, forward, prepare, real_toke
 from ..errors import HeadlabError
 from ..families import Attention, bare
 from ..models import describe, evaluating, rows, tokenizer
-from ..results import FORMAT, Result, write
+from ..results import FORMAT, Result, read_tensors, write
 from .compose import Compose, Side, Sides
 from .factors import FACTORS, PARTS, SIDES, LayerMaps, Moments, StageMaps, mean_product, moments
 from .places import STAGES
@@ -192,16 +191,7 @@ class CompositionMaps(Result):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read maps from their safetensors file."""
-        if not Path(path).is_file():
-            raise HeadlabError(f"there is no file {path}")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError:
-            raise HeadlabError(f"{path} holds no composition maps (it is not a safetensors file)") from None
-        if meta.get("kind") != cls.kind or meta.get("headlab") != str(FORMAT):
-            raise HeadlabError(f"{path} holds no composition maps that this version of headlab can read")
+        meta, tensors = read_tensors(path, cls.kind, "holds no composition maps")
         stack = []
         for i, about in enumerate(json.loads(meta["layers"])):
             stages = {}
