@@ -1,6 +1,6 @@
 """Models in and out: a plain Hugging Face model from a name, a folder or memory, its heads, and its TransformerBridge.
 
-All private paths of TransformerLens that headlab needs are in this module.
+Private paths of TransformerLens are in this module, and in `dcmha.bridge` and `dcmha.hooked`, only.
 """
 
 from __future__ import annotations

@@ -305,12 +305,16 @@ ComposedLlamaAdapter = composed_adapter("LlamaForCausalLM")
 ComposedGPTNeoXAdapter = composed_adapter("GPTNeoXForCausalLM")
 ComposedBertAdapter = composed_adapter("BertForMaskedLM")
 
-# --- `boot_transformers` takes no architecture that is not in this table
-SUPPORTED_ARCHITECTURES.setdefault("ComposedGPT2LMHeadModel", ComposedGPT2Adapter)
-SUPPORTED_ARCHITECTURES.setdefault("ComposedLlamaForCausalLM", ComposedLlamaAdapter)
-SUPPORTED_ARCHITECTURES.setdefault("ComposedGPTNeoXForCausalLM", ComposedGPTNeoXAdapter)
-SUPPORTED_ARCHITECTURES.setdefault("ComposedBertForMaskedLM", ComposedBertAdapter)
 for _name, _adapter in (("DCFormer", DCFormerAdapter), ("DCPythia", DCPythiaAdapter)):
     ArchitectureAdapterFactory.register_adapter(_name, _adapter)  # as published checkpoints call it
-    for _known in (_name, f"{_name}ForCausalLM"):  # `boot_transformers` takes no architecture that is not in this table
-        SUPPORTED_ARCHITECTURES.setdefault(_known, _adapter)
+
+SUPPORTED_ARCHITECTURES.update({  # `boot_transformers` takes no architecture that is not in this table
+    "DCFormer": DCFormerAdapter,
+    "DCFormerForCausalLM": DCFormerAdapter,
+    "DCPythia": DCPythiaAdapter,
+    "DCPythiaForCausalLM": DCPythiaAdapter,
+    "ComposedGPT2LMHeadModel": ComposedGPT2Adapter,
+    "ComposedLlamaForCausalLM": ComposedLlamaAdapter,
+    "ComposedGPTNeoXForCausalLM": ComposedGPTNeoXAdapter,
+    "ComposedBertForMaskedLM": ComposedBertAdapter,
+})  # fmt: skip
