@@ -438,3 +438,71 @@ def test_bad_scales(scales, message):
 def test_a_model_without_composition_cannot_be_scaled():
     with pytest.raises(HeadlabError, match="Linear has no composable heads"), scaled(nn.Linear(2, 3), pre_query=0):
         pass
+
+
+# --- only what queries bring, or only what keys do
+
+
+def assert_only(compose: Compose) -> None:
+    x = inputs()[0]
+    whole = compose(x)
+    for side in ("query", "key"):
+        found = compose(x, side)
+        assert list(found) == list(whole)
+        for name, part in found.items():
+            for numbers, expected in zip(
+                (part.w1, part.w2, part.gate), (whole[name].w1, whole[name].w2, whole[name].gate), strict=True
+            ):
+                if not name.endswith(side) or expected is None:
+                    assert numbers is None
+                else:
+                    assert_same(numbers, expected.detach().numpy())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stages", [(), ("pre",), ("post",), STAGES], ids=lambda stages: "-".join(stages) or "none")
+def test_what_queries_and_keys_bring_by_themselves(stages, groups):
+    for number, branches in enumerate(SUBSETS):
+        assert_only(build(number, stages=stages, branches=branches, groups=groups))
+
+
+def test_what_queries_and_keys_bring_by_themselves_with_any_places():
+    low_rank, gates = ([place for place in PLACES if place.endswith(ends)] for ends in (("_query", "_key"), "_gate"))
+    for names in (low_rank, gates):
+        for n in range(1, 5):
+            for places in combinations(names, n):
+                assert_only(build(n, branches=places))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), groups=st.sampled_from([1, 3]), rank=st.integers(1, 2))
+def test_what_queries_and_keys_bring_by_themselves_to_pruned_maps(data, groups, rank):
+    heads = st.sets(st.integers(0, HEADS - 1)).map(sorted)
+    kept = {name: data.draw(heads, name) for name in ("scores", "probabilities", "output")}
+    compose = build(branches=BRANCHES, groups=groups, rank=rank)
+    compose.narrow(kept, sorted(data.draw(st.sets(st.sampled_from(PLACES)), "places")))
+    assert_only(compose)
+
+
+@pytest.mark.parametrize("side", ["query", "key"])
+def test_gradients_of_one_side_are_those_of_its_part(side):
+    compose = build(branches=BRANCHES)
+    x = inputs()[0]
+    gradients = []
+    for sides in (compose(x), compose(x, side)):
+        compose.zero_grad()
+        parts = (part for name, s in sides.items() if name.endswith(side) for part in (s.w1, s.w2, s.gate))
+        sum(part.square().sum() for part in parts).backward()
+        gradients.append([p.grad.clone() for p in compose.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) == 3  # the base is neither's
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", ["query", "key"])
+def test_only_the_taps_of_a_side_fire(side):
+    compose, fired = build(branches=BRANCHES), []
+    for name, tap in compose.taps.items():
+        tap.register_forward_hook(lambda module, args, value, name=name: fired.append(name))
+    compose(inputs()[0], side)
+    assert sorted(fired) == sorted(f"{stage}_{side}_{what}" for stage in STAGES for what in ("w1", "w2", "gate"))

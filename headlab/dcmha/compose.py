@@ -180,24 +180,46 @@ class Compose(nn.Module):
 
     # --- from tokens to factors
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Sides:
-        """What every token brings to the maps, as query and as key; x is what the layer's q, k and v are made of."""
+    def forward(self, x: Float[Tensor, "batch pos d_model"], only: str = "") -> Sides:
+        """What every token brings to the maps, as query and as key; x is what the layer's q, k and v are made of.
+
+        With `only` (`query` or `key`) just that: where the queries are other tokens than the keys.
+        """
         values: dict[str, dict[str, Tensor]] = {f"{stage}_{side}": {} for stage in STAGES for side in ("query", "key")}
-        if low_rank := self._of("query", "key"):
-            hidden = F.gelu(self.dw1(x)).unflatten(-1, (len(low_rank), self.groups, self.hidden))
-            w = torch.einsum("btcgk,cgkrm->btcrgm", hidden, self.qkw.weight)  # r: the ranks of w1, then those of w2
+        low_rank, gated = (
+            [place for place in self._of(*branches) if only in place]
+            for branches in (("query", "key"), ("query_gate", "key_gate"))
+        )
+        if low_rank:
+            hidden = F.gelu(self._projected(self.dw1, x, low_rank, self._of("query", "key")))
+            hidden = hidden.unflatten(-1, (self.groups, self.hidden))
+            weight = self.qkw.weight if not only else self.qkw.weight[self._rows(low_rank, self._of("query", "key"))]
+            w = torch.einsum("btcgk,cgkrm->btcrgm", hidden, weight)  # r: the ranks of w1, then those of w2
             w1, w2 = w.split(self.rank, dim=3)
             # the norm is over all heads of a group, pruned ones too: they are left out only after it
             w1 = F.rms_norm(w1, (self.per_group,), eps=EPS)
             for i, place in enumerate(low_rank):
                 values[place]["w1"] = self.taps[f"{place}_w1"](w1[:, :, i].flatten(3)[..., self._sources(place)])
                 values[place]["w2"] = self.taps[f"{place}_w2"](w2[:, :, i].flatten(3)[..., self._targets(place)])
-        if gated := self._of("query_gate", "key_gate"):
-            gates = torch.tanh(self.dd(x)).unflatten(-1, (len(gated), self.n_heads))
+        if gated:
+            gates = torch.tanh(self._projected(self.dd, x, gated, self._of("query_gate", "key_gate")))
             for i, place in enumerate(gated):
                 gate = self.taps[place](gates[:, :, i, self._targets(place)])
                 values[place.removesuffix("_gate")]["gate"] = gate
         return {name: Side(**parts) for name, parts in values.items()}
+
+    def _projected(self, layer: nn.Linear, x: Tensor, wanted: list[str], places: list[str]) -> Tensor:
+        """What a projection says for some of the places it is for, [batch, pos, place, number]."""
+        if wanted == places:
+            return layer(x).unflatten(-1, (len(places), -1))
+        rows = layer.weight.unflatten(0, (len(places), -1))[self._rows(wanted, places)].flatten(0, 1)
+        return F.linear(x, rows).unflatten(-1, (len(wanted), -1))
+
+    @staticmethod
+    def _rows(wanted: list[str], places: list[str]) -> slice:
+        """Where some of the places stand among all: those of queries, or of keys, are every other one."""
+        at = [places.index(place) for place in wanted]
+        return slice(at[0], at[-1] + 1, at[1] - at[0] if len(at) > 1 else 1)
 
     def _sources(self, place: str) -> Any:
         heads = self.kept["scores" if place.startswith("pre") else "probabilities"]
