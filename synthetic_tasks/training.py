@@ -1,0 +1,275 @@
+"""Training many probes as one: runs that differ in seed, decay or combinations held out are one stack of weights.
+
+Every tensor of a stack has the run as its first axis, and one pass trains all of them (`torch.func.vmap` over the probe's
+own code). On a GPU a step is recorded once as a graph of kernels and replayed, and stacks of other shapes run beside it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from headlab.errors import HeadlabError
+
+from .probes import ProbeForSequenceClassification, probe_config
+from .replay import Replayed
+from .symbolic import CrossComposition, Split
+
+PARTS = {"base": "compose.base", "gates": "compose.dd", "low_rank": ("compose.dw1", "compose.qkw"), "mlp": ("mlp", "first")}
+"""Parts of a probe that may decay at a rate of their own, by what their parameters' names contain."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a probe is trained: AdamW, its learning rate up and down in cosines.
+
+    Args:
+        steps, batch: how many steps, of how many sequences each.
+        lr: the highest learning rate. It rises over the share `warm` of the steps, stays for the share `hold`, then falls.
+        weight_decay: of all parameters; `decay` says otherwise for some (`PARTS`).
+        clip: longest gradient of a run.
+    """
+
+    steps: int = 4000
+    batch: int = 1024
+    lr: float = 2e-3
+    warm: float = 0.3
+    hold: float = 0.0
+    weight_decay: float = 0.01
+    decay: Mapping[str, float] = field(default_factory=dict)
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.decay) - set(PARTS):
+            raise HeadlabError(
+                f"no part of a probe is called {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}"
+            )
+        if not (self.warm > 0 and self.hold >= 0 and self.warm + self.hold < 1):
+            raise HeadlabError(
+                f"warm ({self.warm}) and hold ({self.hold}) are shares of the steps that leave some to fall in"
+            )
+        if self.steps < 1 or self.batch < 1:
+            raise HeadlabError(f"{self.steps} steps of {self.batch} sequences: at least one of both")
+
+    def decay_of(self, name: str) -> float:
+        """The decay of a parameter."""
+        for part, marks in PARTS.items():
+            if part in self.decay and any(mark in name for mark in ((marks,) if isinstance(marks, str) else marks)):
+                return self.decay[part]
+        return self.weight_decay
+
+
+@dataclass(frozen=True)
+class Run:
+    """One probe to train: on what, of what kind and size (`ProbeConfig`), and how. The task's seed is the run's seed."""
+
+    task: CrossComposition
+    kind: str
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=Recipe)
+
+    @property
+    def shape(self) -> str:
+        """What runs of one stack have in common."""
+        recipe = replace(self.recipe, weight_decay=0, decay={})
+        return repr((replace(self.task, seed=0), self.kind, sorted(self.sizes.items()), recipe))
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A trained probe and how well it answers, as shares of fresh sequences."""
+
+    run: Run
+    probe: ProbeForSequenceClassification
+    seen: float
+    test: float | None
+    history: list[dict[str, float]]
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.probe.parameters())
+
+
+class Stack:
+    """Probes of one shape that are trained together."""
+
+    def __init__(self, runs: Sequence[Run], device: str | torch.device = "cpu") -> None:
+        self.runs, self.device, self.task, self.recipe = runs, torch.device(device), runs[0].task, runs[0].recipe
+        self.config = probe_config(self.task, runs[0].kind, **runs[0].sizes)
+        probes = []
+        with torch.random.fork_rng(devices=[]):
+            for run in runs:
+                torch.manual_seed(run.task.seed)
+                probes.append(ProbeForSequenceClassification(self.config))
+        state, _ = stack_module_state(probes)  # type: ignore[arg-type]
+        self.probe = probes[0].to(self.device)  # type: ignore[arg-type]  # transformers' decorator loses self
+        self.weights = {name: x.detach().to(self.device).requires_grad_() for name, x in state.items()}
+        self.pairs = torch.stack([run.task.pairs("train") for run in runs]).to(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(_seed(*(run.task.seed for run in runs)))
+        self.decays = {
+            name: torch.tensor([run.recipe.decay_of(name) for run in runs], device=self.device).view(_per_run(x))
+            for name, x in self.weights.items()
+        }
+        self.step_number = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.lr = torch.zeros((), device=self.device)
+        self.schedule = learning_rates(self.recipe).to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.weights.values(), lr=self.lr, betas=(0.9, 0.98), weight_decay=0, fused=True,
+            capturable=self.device.type == "cuda",
+        )  # fmt: skip
+
+    def logits(self, weights: Mapping[str, Tensor], ids: Tensor) -> Float[Tensor, "run n class"]:
+        """The answers of every run to its own sequences, [run, n, pos, slot]."""
+
+        def one(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+            return functional_call(self.probe, weights, (ids,), {"last": True}).logits
+
+        return vmap(one)(dict(weights), ids)
+
+    def step(self) -> None:
+        """One step of training of every run."""
+        sample = self.task.draw(self.pairs, self.recipe.batch, self.generator)
+        logits = self.logits(self.weights, sample.ids)
+        # a sum over runs: none of them changes another's gradient
+        F.cross_entropy(logits.flatten(0, 1), sample.answer.flatten(), reduction="sum").div(self.recipe.batch).backward()
+        with torch.no_grad():
+            weights = list(self.weights.values())
+            norm = torch.stack([p.grad.flatten(1).square().sum(1) for p in weights if p.grad is not None]).sum(0).sqrt()
+            scale = (self.recipe.clip / (norm + 1e-6)).clamp(max=1)
+            self.lr.copy_(self.schedule[self.step_number][0])
+            for name, p in self.weights.items():
+                p.grad.mul_(scale.view(_per_run(p)))  # type: ignore[union-attr]
+                p.mul_(1 - self.lr * self.decays[name])  # AdamW's decay, at each run's own rate
+            self.optimizer.step()
+            self.step_number += 1
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def wait(self) -> None:
+        """Until all steps are done: at once, where they are not recorded and replayed."""
+
+    @torch.no_grad()
+    def accuracy(self, split: Split, n: int) -> list[float]:
+        """The share of right answers of every run, on n sequences of a split."""
+        pairs = torch.stack([run.task.pairs(split) for run in self.runs]).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(_seed(split, *(run.task.seed for run in self.runs)))
+        right = torch.zeros(len(self.runs), dtype=torch.long, device=self.device)
+        for start in range(0, n, 4096):
+            sample = self.task.draw(pairs, min(4096, n - start), generator)
+            right += (self.logits(self.weights, sample.ids).argmax(-1) == sample.answer).sum(1)
+        return [count / n for count in right.tolist()]
+
+    def trained(self, run: int) -> ProbeForSequenceClassification:
+        """One of the probes."""
+        probe = deepcopy(self.probe)
+        with torch.no_grad():
+            for name, p in probe.named_parameters():
+                p.copy_(self.weights[name][run])
+        return probe.eval()
+
+
+def _per_run(x: Tensor) -> list[int]:
+    """The shape in which one number for every run meets a stacked tensor."""
+    return [-1] + [1] * (x.ndim - 1)
+
+
+def _seed(*parts: object) -> int:
+    return zlib.crc32(repr(parts).encode())
+
+
+def learning_rates(recipe: Recipe) -> Float[Tensor, " step"]:
+    """Up along a cosine from lr / 25, level, then down along a cosine to lr / 250,000."""
+    steps = torch.arange(recipe.steps) + 0.5
+    up = recipe.warm * recipe.steps
+    level = up + recipe.hold * recipe.steps
+    rise, fall = ((part.clamp(0, 1) * torch.pi).cos() for part in (steps / up, (steps - level) / (recipe.steps - level)))
+    low = torch.where(steps < up, 1 / 25, 1 / 250_000)
+    return recipe.lr * (low + (1 - low) * torch.where(steps < up, 1 - rise, 1 + fall) / 2)
+
+
+def train(
+    runs: Sequence[Run], device: str | torch.device = "cpu", *, beside: int = 8, checks: int = 0, n_test: int = 10_000
+) -> Iterator[Outcome]:
+    """Train every run; outcomes come as their stacks are done.
+
+    The runs of a stack draw their sequences from one generator, so that a run repeats exactly among the same runs only.
+
+    Args:
+        beside: how many stacks are trained side by side on a GPU.
+        checks: how often accuracies are looked at on the way (`Outcome.history`).
+        n_test: sequences that the accuracies at the end are of.
+
+    Raises:
+        HeadlabError: fewer than one stack at a time.
+    """
+    if beside < 1:
+        raise HeadlabError(f"{beside} stacks side by side: at least one")
+    stacks: dict[str, list[Run]] = {}
+    for run in runs:
+        stacks.setdefault(run.shape, []).append(run)
+    waiting = list(stacks.values())
+    with tqdm(total=sum(run.recipe.steps for run in runs), unit="step", desc="training", disable=None) as bar:
+        for start in range(0, len(waiting), beside):
+            group = [Stack(found, device) for found in waiting[start : start + beside]]
+            with faster_products():
+                histories = _train_beside(group, checks, bar)
+                ends = [_accuracies(stack, n_test) for stack in group]
+            for stack, history, end in zip(group, histories, ends, strict=True):
+                yield from _outcomes(stack, history, end)
+
+
+def _train_beside(stacks: Sequence[Stack], checks: int, bar: Any) -> list[list[dict[str, Any]]]:
+    """Train stacks in turns, one step each; returns what the checks found."""
+    cuda = stacks[0].device.type == "cuda"
+    steppers = [Replayed(stack) if cuda else stack for stack in stacks]
+    looks = [_looks(stack.recipe.steps, checks) for stack in stacks]
+    histories: list[list[dict[str, Any]]] = [[] for _ in stacks]
+    for step in range(1, max(stack.recipe.steps for stack in stacks) + 1):
+        for stack, stepper, at, history in zip(stacks, steppers, looks, histories, strict=True):
+            if step > stack.recipe.steps:
+                continue
+            stepper.step()
+            bar.update(len(stack.runs))
+            if step in at:
+                stepper.wait()
+                history.append({"step": step} | _accuracies(stack, 2048))
+    for stepper in steppers:
+        stepper.wait()
+    return histories
+
+
+def _looks(steps: int, checks: int) -> set[int]:
+    """After which steps to look, evenly to the last one."""
+    return {round(steps * (i + 1) / checks) for i in range(checks)}
+
+
+def _outcomes(stack: Stack, history: Sequence[Mapping[str, Any]], end: Mapping[str, list[float]]) -> Iterator[Outcome]:
+    for i, run in enumerate(stack.runs):
+        own = [{name: value if name == "step" else value[i] for name, value in row.items()} for row in history]
+        yield Outcome(run, stack.trained(i), end["seen"][i], end["test"][i] if "test" in end else None, own)
+
+
+def _accuracies(stack: Stack, n: int) -> dict[str, list[float]]:
+    splits: tuple[Split, ...] = ("seen", "test") if stack.task.n_held_out else ("seen",)
+    return {split: stack.accuracy(split, n) for split in splits}
+
+
+@contextmanager
+def faster_products() -> Iterator[None]:
+    """Products of float32 matrices in TF32, where a GPU can, inside the block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
