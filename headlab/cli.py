@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from synthetic_tasks.commands import tasks
+
 from . import folder
 from .errors import HeadlabError
 from .options import (
@@ -43,6 +45,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(tasks, name="tasks")
 
 
 @app.callback(invoke_without_command=True)
