@@ -1,4 +1,4 @@
-"""What holds for the package as a whole: what it imports and when, and who may know whom."""
+"""What holds for the packages as a whole: what they import and when, and who may know whom."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import headlab as hl
+import synthetic_tasks as st
 
 FOLDER = Path(hl.__file__).parent
-FILES = sorted(path for path in FOLDER.rglob("*.py") if path.name != "__init__.py")
+TASKS = Path(st.__file__).parent
+FILES = sorted(path for folder in (FOLDER, TASKS) for path in folder.rglob("*.py") if path.name != "__init__.py")
 INSIDE = {path.name for path in FOLDER.iterdir() if (path / "__init__.py").is_file()}
 HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "pandas", "scipy", "sklearn"}
 LAYERS = [
@@ -22,13 +25,19 @@ LAYERS = [
     {"dcmha.attention", "dcmha.cache"}, {"dcmha.configuration"}, {"dcmha.checkpoint"}, {"dcmha.modeling"},
     {"dcmha.attach"}, {"dcmha"}, {"pruned"}, {"dcmha.hooked"}, {"dcmha.bridge"}, {"models"}, {"batches"}, {"texts"},
     {"sites"}, {"gates"}, {"dcmha.factors"}, {"dcmha.maps"}, {"taylor", "exact"}, {"curves"}, {"surgery", "speed"},
-    {"plots"}, {"demo"}, {"options"}, {"folder"}, {"cli"},
+    {"plots.common"}, {"plots.pruning", "plots.composition", "plots.answers", "plots.crossing"}, {"plots"}, {"options"},
+    {"folder"}, {"tasks.contexts", "tasks.words", "tasks.symbolic", "tasks.single", "tasks.replay"}, {"tasks.sentences"},
+    {"tasks.drawing"}, {"tasks.language"}, {"tasks.published", "tasks.encoding"}, {"tasks.evaluation", "tasks.attending"},
+    {"tasks.probes"}, {"tasks.training", "tasks.truth"}, {"tasks.studies"}, {"tasks.benchmark"}, {"tasks.demo"},
+    {"tasks.commands"}, {"cli"},
 ]  # fmt: skip
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 
 
 def name_of(path: Path) -> str:
-    """`gates`, or `dcmha.compose`."""
+    """`gates`, `dcmha.compose`, or `tasks.words` for a module of synthetic_tasks."""
+    if path.is_relative_to(TASKS):
+        return f"tasks.{path.stem}"
     return ".".join(path.relative_to(FOLDER).with_suffix("").parts)
 
 
@@ -41,13 +50,14 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or _is_for_types(node)
         for inside in ast.walk(node)
     }
+    packages = {"headlab", "synthetic_tasks", *(f"headlab.{name}" for name in INSIDE)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            package = ["headlab", *path.relative_to(FOLDER).parent.parts][: -(node.level - 1) or None]
-            module = ".".join([*package, *filter(None, [node.module])]) if node.level else node.module or ""
-            packages = {"headlab", *(f"headlab.{name}" for name in INSIDE)}
+            package = path.relative_to(FOLDER.parent).parent.parts
+            parents = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*parents, *filter(None, [node.module])])
             found = [f"{module}.{alias.name}" for alias in node.names] if module in packages else [module]
         else:
             continue
@@ -63,12 +73,14 @@ def own(path: Path) -> set[str]:
 
 
 def within(name: str) -> str:
-    """The module of headlab that an imported name is or is from: `headlab.dcmha.compose.Compose` -> `dcmha.compose`."""
-    parts = name.split(".")
-    if parts[0] != "headlab" or parts[1:] == ["__version__"]:
+    """Which of our modules an imported name is or is from: `headlab.dcmha.compose.Compose` -> `dcmha.compose`."""
+    package, *parts = name.split(".")
+    if package == "synthetic_tasks":
+        return ".".join(["tasks", *parts[:1]])
+    if package != "headlab" or parts == ["__version__"]:
         return ""
-    longer = ".".join(parts[1:3])
-    return longer if longer in LAYER_OF else ".".join(parts[1:2])
+    longer = ".".join(parts[:2])
+    return longer if longer in LAYER_OF else ".".join(parts[:1])
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -78,8 +90,9 @@ def loaded_by(statement: str) -> set[str]:
     return HEAVY & set(output.stdout.split())
 
 
-def test_importing_headlab_is_light() -> None:
+def test_importing_is_light() -> None:
     assert loaded_by("import headlab; dir(headlab); headlab.__version__") == set()
+    assert loaded_by("import synthetic_tasks; dir(synthetic_tasks)") == set()
 
 
 def test_scores_and_masks_need_no_model() -> None:
@@ -96,30 +109,40 @@ def test_transformer_lens_and_plotly_load_only_when_used() -> None:
     assert loaded >= {"torch", "transformers"}
 
 
-def test_every_public_name_is_there() -> None:
-    assert len(set(hl.__all__)) == len(hl.__all__)
-    for name in hl.__all__:
-        assert getattr(hl, name) is not None
-        assert name in dir(hl)
+@pytest.mark.parametrize("package", [hl, st, hl.plots], ids=lambda package: package.__name__)
+def test_every_public_name_is_there(package: ModuleType) -> None:
+    assert len(set(package.__all__)) == len(package.__all__)
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+        assert name in dir(package)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        hl.nonsense  # noqa: B018
+        package.nonsense  # noqa: B018
 
 
-def test_types_see_the_same_names() -> None:
-    tree = ast.parse((FOLDER / "__init__.py").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("package", "homes"),
+    [
+        (hl, {name: module for module, names in hl._HOME.items() for name in names} | {"plots": None}),
+        (st, st._HOME),
+    ],
+    ids=["headlab", "synthetic_tasks"],
+)
+def test_types_see_the_same_names(package: ModuleType, homes: dict[str, str | None]) -> None:
+    tree = ast.parse(Path(str(package.__file__)).read_text(encoding="utf-8"))
     [block] = [node for node in tree.body if _is_for_types(node)]
     typed = {alias.name: node.module for node in block.body for alias in node.names}
-    homes = {name: module for module, names in hl._HOME.items() for name in names} | {"plots": None}
     assert typed == homes
-    assert set(typed) == set(hl.__all__)
+    assert set(typed) == set(package.__all__)
 
 
 def test_no_module_hides_something_public() -> None:
-    modules = {path.stem for path in FILES if path.parent == FOLDER} | {
-        path.name for path in FOLDER.iterdir() if path.is_dir()
+    modules = {
+        package: {path.stem for path in Path(str(package.__file__)).parent.iterdir()} for package in (hl, st, hl.plots)
     }
-    assert modules & set(hl.__all__) == {"plots"}
-    assert Path(hl.plots.__file__).stem == "plots"
+    assert modules[hl] & set(hl.__all__) == {"plots"}
+    assert modules[st] & set(st.__all__) == set()
+    assert modules[hl.plots] & set(hl.plots.__all__) == set()
+    assert Path(hl.plots.__file__) == FOLDER / "plots" / "__init__.py"
 
 
 def test_every_module_has_its_layer() -> None:
@@ -134,12 +157,22 @@ def test_imports_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_who_may_import_what(path: Path) -> None:
     packages = {name.split(".")[0] for name, _ in imports(path)}
-    if path.stem != "plots":
+    if path.parent != FOLDER / "plots":
         assert "plotly" not in packages
-    if path.stem not in ("demo", "cli"):
-        assert "plots" not in own(path)
+        drawing = {name for name in own(path) if name.split(".")[0] == "plots"}
+        assert drawing <= ({"plots"} if name_of(path) in ("cli", "tasks.commands", "tasks.demo") else set())
     if name_of(path) not in ("models", "dcmha.bridge", "dcmha.hooked"):
         assert not any(name.startswith("transformer_lens.model_bridge") for name, _ in imports(path))
+
+
+def test_only_the_command_line_of_headlab_knows_synthetic_tasks() -> None:
+    found = {
+        (name_of(path), module, now)
+        for path in FOLDER.rglob("*.py")
+        for name, now in imports(path)
+        if (module := within(name)).split(".")[0] == "tasks"
+    }
+    assert found == {("cli", "tasks.commands", True), ("cli", "tasks.demo", False)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -150,7 +183,7 @@ def test_what_is_imported_late(path: Path) -> None:
     late = {module for name, now in imports(path) if not now and (module := within(name))}
     if path.stem == "models":
         assert late == {"pruned", "dcmha", "dcmha.attach", "dcmha.bridge"}
-    elif path.stem not in ("cli", "folder", "plots"):
+    elif name_of(path) not in ("cli", "folder", "plots.composition", "tasks.commands"):
         assert late == set()
 
 
@@ -171,4 +204,4 @@ def test_the_version_is_the_same_everywhere() -> None:
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == hl.__version__
     assert project["scripts"] == {"headlab": "headlab.cli:main"}
-    assert (FOLDER / "py.typed").is_file()
+    assert all((folder / "py.typed").is_file() for folder in (FOLDER, TASKS))

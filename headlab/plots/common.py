@@ -1,0 +1,30 @@
+"""What figures share: colours, bars, labelled rows; and how they are saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from ..results import write
+
+PALETTE = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
+CHANCE = {"color": "#a0a0a0", "dash": "dash", "width": 1.5}
+
+
+def bars(middle: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
+    """Error bars from `low` to `high`, which need not be as far from the middle."""
+    ends = {"type": "data", "symmetric": False, "array": high - middle, "arrayminus": middle - low}
+    return ends | {"thickness": 1.2, "width": 3}
+
+
+def labelled(labels: list[str]) -> dict[str, Any]:
+    """An axis with these labels at 0, 1 ... from the top down."""
+    return {"tickvals": list(range(len(labels))), "ticktext": labels, "range": [len(labels) - 0.4, -0.6]}
+
+
+def save_html(figure: go.Figure, path: str | Path) -> Path:
+    """Write a figure as one HTML file that opens anywhere, without a network. Returns the path."""
+    return write(path, lambda temporary: figure.write_html(temporary, include_plotlyjs=True))

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import headlab as hl
+from headlab import plots
+from headlab.speed import shapes
+
+from . import zoo
+
+
+@pytest.fixture(scope="module")
+def scores() -> hl.HeadScores:
+    return hl.importance(zoo.build("llama-gqa"), [zoo.batch_for("llama-gqa")])
+
+
+@pytest.fixture(scope="module")
+def exact() -> hl.AblationScores:
+    return hl.ablation(zoo.build("llama-gqa"), [zoo.batch_for("llama-gqa")])
+
+
+def test_heads_shows_every_number_where_its_head_is(scores: hl.HeadScores) -> None:
+    figure = plots.heads(scores)
+    np.testing.assert_allclose(figure.data[0].z, np.stack(scores.rows))
+    assert "L1H2" in figure.data[0].text[1][2]
+    assert f"{scores.rows[1][2]:.4g}" in figure.data[0].text[1][2]
+
+
+def test_heads_of_a_pruned_model_stand_under_their_original_number() -> None:
+    model = zoo.build("t5")
+    mask = hl.HeadMask.without(hl.heads(model), ["enc.L1H0", "enc.L1H3", *(f"dec.L0H{i}" for i in range(5))])
+    small = hl.prune(model, mask)
+    figure = plots.heads(hl.importance(small, method="random"))
+    drawn = ~np.isnan(np.array(figure.data[0].z, dtype=float))
+    np.testing.assert_array_equal(drawn, np.stack(mask.rows).astype(bool))
+    assert figure.data[0].y[0] == "enc 0"
+    assert figure.data[0].y[-1] == "cross 1"
+
+
+def test_signed_numbers_are_centred_on_zero(exact: hl.AblationScores, scores: hl.HeadScores) -> None:
+    assert exact.flat.min() < 0
+    assert plots.heads(exact).data[0].zmid == 0
+    assert plots.heads(scores).data[0].zmid is None
+    assert "significant" in plots.heads(exact).data[0].text[0][0]
+
+
+def test_a_mask_can_be_drawn(scores: hl.HeadScores) -> None:
+    assert set(np.ravel(plots.heads(scores.keep(0.5)).data[0].z)) == {0.0, 1.0}
+
+
+def test_curves_have_lines_and_bands(scores: hl.HeadScores) -> None:
+    model, batch = zoo.build("llama-gqa"), zoo.batch_for("llama-gqa")
+    curve = hl.pruning_curve(model, scores, [batch], (0.5, 1.0))
+    figure = plots.curves({"Taylor": curve})
+    band, line = figure.data
+    np.testing.assert_allclose(line.x, 100 * curve.fractions)
+    np.testing.assert_allclose(line.y, curve.rises)
+    assert line.text[1] == "9 of 18 heads removed"
+    bounds = curve.intervals()
+    assert bounds is not None
+    np.testing.assert_allclose(band.y[:3], bounds[:, 1])
+    np.testing.assert_allclose(band.y[3:], bounds[::-1, 0])
+
+
+def test_a_metric_has_no_band(scores: hl.HeadScores) -> None:
+    model, batch = zoo.build("llama-gqa"), zoo.batch_for("llama-gqa")
+    curve = hl.pruning_curve(model, scores, [batch], (0.5,), metric=lambda m, b: 0.25)
+    figure = plots.curves({"Taylor": curve})
+    assert len(figure.data) == 1
+    assert figure.layout.yaxis.title.text == "change of metric"
+
+
+def test_scores_against_exact_ablation(scores: hl.HeadScores, exact: hl.AblationScores) -> None:
+    figure = plots.against(scores, exact)
+    np.testing.assert_allclose(figure.data[0].x, scores.flat)
+    np.testing.assert_allclose(figure.data[0].y, exact.flat)
+    assert f"{scores.rank_correlation(exact):.2f}" in figure.layout.title.text
+    with pytest.raises(hl.HeadlabError, match="rows of"):
+        plots.against(scores, hl.importance(zoo.build("gpt2"), method="random"))
+
+
+def test_timing_bars() -> None:
+    model = zoo.build("llama-gqa")
+    small = hl.prune(model, hl.importance(model, method="random").keep(0.5))
+    result = hl.timing({"dense": model, "pruned": small}, shapes(model, [(1, 3), (2, 5)]), repeats=2)
+    figure = plots.timing(result)
+    assert [bar.name for bar in figure.data] == ["dense", "pruned"]
+    assert list(figure.data[0].x) == ["1 x 3", "2 x 5"]
+    np.testing.assert_allclose(figure.data[1].y, [line["ms"] for line in result.lines if line["model"] == "pruned"])
