@@ -22,11 +22,17 @@ def open_model(name: str, dtype: Dtype, device: str) -> Any:
     from .models import load
 
     quieten()
+    check_device(device)
+    return load(name, dtype=dtype if dtype is Dtype.auto else getattr(torch, dtype), device=device)
+
+
+def check_device(device: str) -> None:
+    import torch
+
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise HeadlabError(f"there is no device {device!r} here ({str(error).splitlines()[0]}): try cpu or cuda") from None
-    return load(name, dtype=dtype if dtype is Dtype.auto else getattr(torch, dtype), device=device)
 
 
 def quieten() -> None:

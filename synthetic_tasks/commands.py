@@ -149,6 +149,56 @@ def write(
     typer.echo(f"{len(found)} contexts of {n_tasks} tasks, with {n_answers} scored answers; written to {to}")
 
 
+@tasks.command()
+def probe(
+    study: Annotated[
+        Several,
+        typer.Option("--study", help="main (default), kinds, heads, features, records, d_head, held_out ...; several."),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="full or small; by default small on the cpu.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many of every setting.")] = 5,
+    out: Out = Path("results"),
+    device: Device = "cpu",
+) -> None:
+    """Train probes of plain attention and of composed heads, and draw what they make of unseen combinations. Can go on."""
+    from headlab import plots
+
+    from .benchmark import ProbeResults
+    from .benchmark import study as run
+    from .studies import AXES
+
+    folder.check_device(device)
+    names = list(dict.fromkeys(study or ["main"]))
+    chosen = size or ("small" if device == "cpu" else "full")
+    for name in names:  # before hours of training
+        if (file := out / f"probes-{name}.json").exists():
+            there = ProbeResults.load(file).record
+            if (there.get("size"), there.get("seeds")) != (chosen, seeds):
+                raise HeadlabError(
+                    f"{file} holds probes of size {there.get('size')} and {there.get('seeds')} seeds, not {chosen} and "
+                    f"{seeds}: choose another --out"
+                )
+    results = run(names, chosen, seeds=seeds, device=device, log=out / f"probes-{chosen}.log.jsonl")
+    for name in names:
+        of = results.of(name)
+        of = folder.store(of, out / f"probes-{name}.json")
+        folder.write_csv(of, out / f"probes-{name}.csv")
+        figure = plots.probes(of, name) if name in AXES else plots.probe_kinds(of)
+        plots.save_html(figure, out / f"probes-{name}.html")
+        table = of.summary()
+        changing = [column for column in _SETTINGS if table[column].nunique() > 1]
+        table = table[["level", "kind", "heads", *changing, "parameters", *_REACHED]]
+        typer.echo(f"{name}\n{table.to_string(index=False, float_format='{:.3g}'.format)}")
+    typer.echo(f"{len(results.rows)} probes; written to {out / 'probes-STUDY.json, .csv and .html'}")
+
+
+_SETTINGS = (
+    "first", "features", "records", "d_head", "held_out", "shared_values", "mlp", "layers", "rank", "steps", "hold",
+    "weight_decay",
+)  # fmt: skip
+_REACHED = ("seen_mean", "seen_min", "test_mean", "test_min", "test_max", "mapped_test")
+
+
 def _sentences(filters: Mapping[str, Several], sizes: Mapping[str, Any], contexts: int | None) -> list[Context]:
     from .language import InContextTasks
 

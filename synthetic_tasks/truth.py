@@ -97,21 +97,25 @@ def compare(probe: ProbeForSequenceClassification, task: CrossComposition, split
     """Read the maps of a probe of one layer at n queries of a split.
 
     Raises:
-        HeadlabError: the probe has several layers, or attention that is not composed by maps.
+        HeadlabError: the probe has several layers, or attention that is not composed by maps; too few queries.
     """
     attention = _attention(probe)
     roles = measured_roles(probe, task, n)
     sample = task.sample(n, split, probe.device, draw=1)
     pre, post = mean_maps(attention.compose, _input(probe, sample.ids))
     composed = torch.einsum("mp,bmn->bnp", roles.looks_up, pre)
-    others = task.n_records - 1
-    attended = composed.exp() / (composed.exp() + others) - 1 / task.n_records
+    others = composed.new_tensor(task.n_records - 1)
+    attended = (composed - others.log()).sigmoid() - 1 / task.n_records  # exp(d) / (exp(d) + others), for any d
     return Truth(task, sample, torch.einsum("bnp,bnk,ka->bpa", attended, post, roles.carries), roles)
 
 
 @torch.no_grad()
 def measured_roles(probe: ProbeForSequenceClassification, task: CrossComposition, n: int = 512) -> Roles:
-    """What the heads of a probe look up and carry, over n queries of trained combinations."""
+    """What the heads of a probe look up and carry, over n queries of trained combinations.
+
+    Raises:
+        HeadlabError: as `compare`, or so few queries that none of them looks some feature up.
+    """
     attention = _attention(probe)
     sample = task.sample(n, "seen", probe.device, draw=2)
     x = _input(probe, sample.ids)
@@ -121,6 +125,8 @@ def measured_roles(probe: ProbeForSequenceClassification, task: CrossComposition
     looks_up = []
     for feature in range(task.n_features):
         named, valid = _named(task, sample, feature)
+        if not valid.any():
+            raise HeadlabError(f"none of {n} queries looks feature {feature} up: take more of them")
         at = scores[valid].gather(-1, named[valid][:, None, None].expand(-1, scores.shape[1], 1))[..., 0]
         looks_up.append((at * records - scores[valid].sum(-1)).mean(0) / max(1, records - 1))
     out = attention.o_proj.weight.unflatten(1, (-1, d_head))  # [d_model, head, d_head]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import headlab as hl
 from headlab import cli
-from synthetic_tasks import Evaluation, InContextTasks, evaluate, published_tasks
+from synthetic_tasks import Evaluation, InContextTasks, benchmark, evaluate, published_tasks
 from synthetic_tasks.attending import attention_on
+from synthetic_tasks.studies import SIZES, STUDIES, Size
+from synthetic_tasks.training import Outcome, Recipe, train
+from synthetic_tasks.training import Run as Training
 
 Run = Callable[..., tuple[int, str, str]]
 WORDS = ["--relation", "use", "--relation", "time", "--reported", "person", "--negation", "is", "--order", "plain"]
@@ -285,6 +289,111 @@ def test_every_mistake_is_one_line(failing: Callable[..., str], run: Run, model:
     assert status == 0
     assert "evaluate" in said
     assert not (tmp_path / "no").exists()
+
+
+# --- probes
+
+TINY = Size(
+    features=4, values=5, records=4, d_model=11, heads=3, d_head=2,
+    recipes={level: Recipe(steps=2, batch=8) for level in ("binding", "conflict")},
+)  # fmt: skip
+TWO = ["--study", "d_head", "--study", "control", "--size", "small", "--seeds", 1]
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[Training]:
+    """Probes of two steps; returns those that were trained. Where `None` is appended, the next one is never done."""
+    runs: list[Any] = []
+
+    def watched(todo: Sequence[Training], *args: Any, **options: Any) -> Iterator[Outcome]:
+        for outcome in train(todo, *args, **options | {"checks": 2, "n_test": 50}):
+            if None in runs:
+                raise KeyboardInterrupt
+            yield outcome
+            runs.append(outcome.run)
+
+    monkeypatch.setattr(benchmark, "train", watched)
+    monkeypatch.setitem(SIZES, "small", TINY)  # type: ignore[misc]
+    return runs
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def results_of(folder: Path, name: str) -> benchmark.ProbeResults:
+    return benchmark.ProbeResults.load(folder / f"probes-{name}.json")
+
+
+def test_probes_of_two_studies(run: Run, probed: list[Training], tmp_path: Path) -> None:
+    status, said, _ = run("probe", *TWO, "--study", "control", "--out", tmp_path)
+    assert status == 0
+    names = {f"probes-{name}.{end}" for name in ("d_head", "control") for end in ("json", "csv", "html")}
+    assert set(files(tmp_path)) == names | {"probes-small.log.jsonl"}
+    total = 0
+    for name, title in (("d_head", "d head"), ("control", "accuracy (%), a dot per seed")):
+        saved = results_of(tmp_path, name)
+        points = STUDIES[name](TINY, [0])
+        assert [row["run"] for row in saved.rows] == [benchmark.identity(at.run) for at in points]
+        assert saved.record["studies"] == [name]
+        assert (tmp_path / f"probes-{name}.csv").read_text().count("\n") == len(points) + 1
+        assert title in drawn(tmp_path / f"probes-{name}.html")
+        table = said[said.index(f"{name}\n") :].splitlines()[1 : 2 + len(points)]
+        for column in ("level", "kind", "heads", "parameters", "seen_mean", "test_min", "mapped_test"):
+            assert column in table[0].split()
+        assert ("d_head" in table[0].split()) == (name == "d_head")  # only what differs
+        for line, (_, row) in zip(table[1:], saved.summary().iterrows(), strict=True):
+            assert line.split()[:3] == [row["level"], row["kind"], str(row["heads"])]
+            assert str(row["parameters"]) in line.split()
+            assert f"{row['seen_mean']:.3g}" in line.split()
+        total += len(points)
+    assert len(probed) == total
+    assert f"{total} probes; written to" in said
+
+
+def test_probes_go_on_and_stay(run: Run, probed: list[Any], tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run("probe", *TWO, "--out", whole)[0] == 0
+    count = len(probed)
+    probed.clear()
+    probed.append(None)
+    assert run("probe", *TWO, "--out", killed)[0] != 0
+    assert list(files(killed)) == ["probes-small.log.jsonl"]
+    probed.clear()
+    assert run("probe", *TWO[:2], *TWO[4:], "--out", killed)[0] == 0  # one study first
+    assert run("probe", *TWO, "--out", killed)[0] == 0  # then both
+    assert len(probed) == count
+    for name in ("d_head", "control"):
+        assert results_of(killed, name).rows == results_of(whole, name).rows
+        assert (killed / f"probes-{name}.csv").read_bytes() == (whole / f"probes-{name}.csv").read_bytes()
+    before = files(killed)
+    del before["probes-d_head.html"], before["probes-control.html"]  # figures have an identifier of their own
+    assert run("probe", *TWO, "--out", killed)[0] == 0
+    assert len(probed) == count
+    assert before.items() <= files(killed).items()
+
+
+def test_other_probes_are_never_replaced(
+    run: Run, failing: Callable[..., str], probed: list[Training], tmp_path: Path
+) -> None:
+    few = ["--study", "control", "--seeds", 1, "--out", tmp_path]
+    assert run("probe", *few)[0] == 0  # on the cpu the small size
+    before, trained = files(tmp_path), len(probed)
+    assert "probes-small.log.jsonl" in before
+    more = ["--study", "control", "--seeds", 2, "--out", tmp_path]
+    assert "of size small and 1 seeds, not small and 2" in failing("probe", *more)
+    assert len(probed) == trained > 0  # refused before any training
+    assert files(tmp_path) == before
+
+
+def test_probes_bad_input(failing: Callable[..., str], probed: list[Training], tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "no"]
+    assert "no study is called 'river'; the studies are main, kinds" in failing("probe", "--study", "river", *out)
+    assert "the size is 'full' or 'small', not 'huge'" in failing("probe", "--size", "huge", *out)
+    assert "--seeds" in failing("probe", "--seeds", 0, *out)
+    assert "there is no device 'mars' here" in failing("probe", "--device", "mars", *out)
+    assert not (tmp_path / "no").exists()
+    assert not probed
 
 
 def test_help_needs_none_of_the_heavy_libraries() -> None:

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from headlab.errors import HeadlabError
 from synthetic_tasks import CrossComposition, symbolic
-from synthetic_tasks.symbolic import LAYOUTS, LEVELS, SPLITS, AssociativeRecall, Induction, Sample
+from synthetic_tasks.symbolic import IGNORED, LAYOUTS, LEVELS, SPLITS, AssociativeRecall, Induction, Sample
 
 LEVEL, LAYOUT, SHARED = st.sampled_from(LEVELS), st.sampled_from(LAYOUTS), st.booleans()
 
@@ -473,3 +474,32 @@ def test_bad_recall(sizes):
 def test_bad_induction(tokens, length):
     with pytest.raises(HeadlabError, match=f"{length} of {tokens} tokens"):
         Induction(tokens, length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "task", [Induction(n_tokens=32, length=8), AssociativeRecall(n_keys=16, n_values=16, n_pairs=4, n_queries=4)]
+)
+def test_plain_attention_solves_the_controls(task: Induction | AssociativeRecall) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=task.n_tokens,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.05,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    for draw in range(400):
+        model(**task.sample(128, "train", draw=draw), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    batch = task.sample(500, "seen")
+    with torch.inference_mode():
+        said = model(batch["input_ids"], use_cache=False).logits[:, :-1].argmax(-1)
+    asked = batch["labels"][:, 1:] != IGNORED
+    assert (said == batch["labels"][:, 1:])[asked].double().mean() > 0.98

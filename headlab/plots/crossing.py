@@ -41,6 +41,8 @@ SETTINGS = {  # of probes: what a reader sees of a value
     "layers": "{} layers",
     "weight_decay": "weight decay {:g}",
     "steps": "{:,} steps",
+    "hold": "{:g} of steps held",
+    "rank": "rank {}",
     "parameters": "{:,} parameters",
 }
 
@@ -151,7 +153,7 @@ def _lines(runs: pd.DataFrame, x: str | None) -> list[tuple[str, str, pd.DataFra
     for kind in sorted(runs["kind"].unique(), key=lambda kind: [*PROBES, kind].index(kind)):
         own = runs[runs["kind"] == kind]
         groups = [group for _, group in own.groupby(x)] if x else [own]
-        names = [n for n in SETTINGS if n not in (x, "parameters") and any(g[n].nunique() > 1 for g in groups)]
+        names = [n for n in SETTINGS if n in runs and n not in (x, "parameters") and any(g[n].nunique() > 1 for g in groups)]
         for values, part in own.groupby(names, dropna=False) if names else [((), own)]:
             told = [SETTINGS[name].format(_plain(value)) for name, value in zip(names, values, strict=True)]
             found.append((kind, ", ".join([_probe(kind)[0], *told]), part))

@@ -1,0 +1,238 @@
+"""Which probes are compared: a study is a list of points, one for every kind, size and seed; `STUDIES` names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from .probes import KINDS, ProbeForSequenceClassification, probe_config
+from .symbolic import LEVELS, CrossComposition
+from .training import Recipe, Run
+
+MATCHED = "matched"
+"""An MHA with so many heads that it has as many parameters as the DCMHA of the same point, or more."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the studies vary around, and how long probes are trained."""
+
+    features: int
+    values: int
+    records: int
+    d_model: int
+    heads: int
+    d_head: int
+    recipes: Mapping[str, Recipe]  # by level
+
+
+FULL = Size(
+    features=8, values=16, records=12, d_model=128, heads=8, d_head=16,
+    recipes={
+        "binding": Recipe(steps=4000, warm=0.1, hold=0.5),
+        "conflict": Recipe(steps=5000, warm=0.1, hold=0.75, weight_decay=0.5),
+    },
+)  # fmt: skip
+SMALL = Size(
+    features=5, values=8, records=6, d_model=48, heads=5, d_head=8,
+    recipes={
+        "binding": Recipe(steps=2000, batch=256, lr=4e-3, warm=0.1, hold=0.5),
+        "conflict": Recipe(steps=4000, batch=256, lr=4e-3, weight_decay=0.3),
+    },
+)  # fmt: skip
+SIZES = {"full": FULL, "small": SMALL}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run in a study: what it is called there and at how many heads it is drawn."""
+
+    label: str
+    heads: int
+    run: Run
+
+
+def point(
+    size: Size, level: str, label: str, seed: int, *, heads: int = 0, recipe: Recipe | None = None, **changes: Any
+) -> Point:
+    """A point of a study.
+
+    Args:
+        size: what is not said otherwise.
+        label: a kind of `KINDS`, or `matched`.
+        heads: of the point (a `matched` MHA has more).
+        recipe: by default the level's.
+        changes: fields of `CrossComposition` or of `ProbeConfig`.
+    """
+    sizes = {"n_features": size.features, "n_values": size.values, "n_records": size.records}
+    for_task = {name: value for name, value in changes.items() if name in CrossComposition.__dataclass_fields__}
+    task = CrossComposition(level=level, seed=seed, **(sizes | for_task))  # type: ignore[arg-type]
+    heads = heads or size.heads
+    given = {"hidden_size": size.d_model, "head_dim": size.d_head}
+    given |= {name: value for name, value in changes.items() if name not in for_task}
+    kind, own = label, heads
+    if label == MATCHED:
+        kind, own = "mha", heads_of_matched(replace(task, seed=0), heads, tuple(sorted(given.items())))
+    return Point(label, heads, Run(task, kind, {"num_attention_heads": own} | given, recipe or size.recipes[level]))
+
+
+@cache
+def heads_of_matched(task: CrossComposition, heads: int, sizes: tuple[tuple[str, Any], ...]) -> int:
+    """The fewest heads with which an MHA has as many parameters as a DCMHA of `heads`."""
+
+    def parameters(kind: str, heads: int) -> int:
+        with torch.device("meta"):
+            probe = ProbeForSequenceClassification(probe_config(task, kind, num_attention_heads=heads, **dict(sizes)))
+        return sum(p.numel() for p in probe.parameters())
+
+    goal, found = parameters("dcmha", heads), heads
+    while parameters("mha", found) < goal:
+        found += 1
+    return found
+
+
+# --- the studies
+
+MAIN = ("mha", MATCHED, "static", "low_rank", "dcmha")
+
+
+def main(size: Size, seeds: Iterable[int]) -> list[Point]:
+    """The main figure: both levels; the level conflict as it is, and with an MLP on the query before attention.
+
+    There heads are twice as many as features; the control is an MHA with a head for every combination, and that MLP.
+    """
+    found = []
+    for seed in seeds:
+        found += [point(size, "binding", label, seed) for label in ("mha", MATCHED, "static", "dcmha")]
+        found += [point(size, "conflict", label, seed) for label in ("mha", "low_rank", "dcmha")]
+        found += [point(size, "conflict", label, seed, **_first(size)) for label in ("static", "low_rank", "dcmha")]
+        found.append(_every_combination(size, seed))
+    return found
+
+
+def _every_combination(size: Size, seed: int, rate: float = 0.1) -> Point:
+    """An MHA with a head for every combination and an MLP on the query; this decay is the one with which it fits best."""
+    recipe = replace(size.recipes["conflict"], weight_decay=rate)
+    pairs = size.features * (size.features - 1)
+    return point(size, "conflict", "mha", seed, heads=pairs, first=True, recipe=recipe)
+
+
+def _first(size: Size) -> dict[str, Any]:
+    """With an MLP on the query before attention."""
+    return {"heads": 2 * size.heads, "first": True}
+
+
+def kinds(size: Size, seeds: Iterable[int]) -> list[Point]:
+    """Every kind, on the level conflict with an MLP on the query; MHA with a head for every combination at three decays."""
+    found = []
+    for seed in seeds:
+        for label in ("mha", MATCHED, *(kind for kind in KINDS if kind != "mha")):
+            found += [point(size, "binding", label, seed), point(size, "conflict", label, seed, **_first(size))]
+        found += [_every_combination(size, seed, rate) for rate in (0.001, 0.01, 0.1)]
+    return found
+
+
+def heads(size: Size, seeds: Iterable[int]) -> list[Point]:
+    """Accuracy against the number of heads; on the level conflict with an MLP on the query."""
+    found = []
+    for seed in seeds:
+        for times in (0.5, 1, 2, 4):
+            found += [point(size, "binding", label, seed, heads=int(times * size.heads)) for label in MAIN]
+        found += [point(size, "binding", label, seed, heads=8 * size.heads) for label in ("mha", "static")]
+        for times in (0.5, 1, 1.5, 2, 4):
+            count = int(times * size.heads)
+            found += [
+                point(size, "conflict", label, seed, heads=count, first=True) for label in ("static", "low_rank", "dcmha")
+            ]
+    return found
+
+
+def features(size: Size, seeds: Iterable[int]) -> list[Point]:
+    """Accuracy against the number of features."""
+    return _along("n_features", (max(3, size.features // 2), size.features, 3 * size.features // 2), size, seeds)
+
+
+def records(size: Size, seeds: Iterable[int]) -> list[Point]:
+    """Accuracy against the number of records."""
+    return _along("n_records", (2, size.records // 2, size.records, size.values), size, seeds)
+
+
+def d_head(size: Size, seeds: Iterable[int]) -> list[Point]:
+    """Accuracy against the size of a head."""
+    return _along("head_dim", (size.d_head // 2, size.d_head, 2 * size.d_head, 4 * size.d_head), size, seeds)
+
+
+def held_out(size: Size, seeds: Iterable[int]) -> list[Point]:
+    """Accuracy against the share of combinations held out."""
+    return _along("held_out", (0.1, 0.3, 0.5, 0.7), size, seeds)
+
+
+def _along(name: str, values: Iterable[Any], size: Size, seeds: Iterable[int]) -> list[Point]:
+    """One size of many values, on the level binding, for three seeds."""
+    return [
+        point(size, "binding", label, seed, **{name: value})
+        for value in values
+        for seed in list(seeds)[:3]
+        for label in ("mha", "static", "dcmha")
+    ]
+
+
+def shared(size: Size, seeds: Iterable[int]) -> list[Point]:
+    """One vocabulary of answers for all features, so that nothing is won by carrying the whole record."""
+    return [
+        point(size, level, label, seed, shared_values=True, **(_first(size) if level == "conflict" else {}))
+        for level in LEVELS
+        for seed in seeds
+        for label in ("mha", "static", "low_rank", "dcmha")
+    ]
+
+
+def layers(size: Size, seeds: Iterable[int]) -> list[Point]:
+    """Two layers, or an MLP behind attention; three seeds."""
+    return [
+        point(size, "binding", label, seed, **change)
+        for change in ({"num_hidden_layers": 2}, {"mlp": True})
+        for seed in list(seeds)[:3]
+        for label in ("mha", "dcmha")
+    ]
+
+
+def recipes(size: Size, seeds: Iterable[int]) -> list[Point]:
+    """What dynamic maps learn on the level conflict, how to combine or every pair by heart: decay, schedule, heads, rank."""
+    usual = size.recipes["conflict"]
+    longer = replace(usual, steps=8 * usual.steps // 5)
+    one_cycle = replace(longer, warm=0.3, hold=0.0)
+    changes: list[dict[str, Any]] = [{"recipe": replace(usual, weight_decay=rate)} for rate in (0.01, 0.1, 0.3, 0.5, 0.7)]
+    changes += [{"recipe": longer}] if longer != one_cycle else []
+    changes += [{"recipe": one_cycle}, {"recipe": one_cycle, "rank": 4}]
+    found = [{"heads": 2 * size.heads} | change for change in changes] + [{"recipe": usual}, {"recipe": one_cycle}]
+    return [
+        point(size, "conflict", label, seed, **change)
+        for change in found
+        for seed in seeds
+        for label in ("low_rank", "dcmha")
+    ]
+
+
+def control(size: Size, seeds: Iterable[int]) -> list[Point]:
+    """Nothing held out: the same task is no problem for plain attention."""
+    return [
+        point(size, "binding", label, seed, heads=times * size.heads, held_out=0.0)
+        for times in (1, 2, 4)
+        for seed in seeds
+        for label in ("mha", "dcmha")
+    ]
+
+
+STUDIES: Mapping[str, Callable[[Size, Iterable[int]], list[Point]]] = {
+    study.__name__: study
+    for study in (main, kinds, heads, features, records, d_head, held_out, shared, layers, recipes, control)
+}
+
+
+AXES = ("heads", "features", "records", "d_head", "held_out")
+"""Studies that vary what is called so in their results."""
