@@ -57,15 +57,15 @@ def _help(context: typer.Context) -> None:
 @app.command()
 def demo(
     out: Out = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller model, in seconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Half the training.")] = False,
     seed: int = 0,
 ) -> None:
-    """Train a small attention-only model, score its heads, draw pruning curves, prune it and check the result."""
-    from .demo import run
+    """Train a probe of plain attention and one of composed heads, compare them on what neither has met, prune the second."""
+    from synthetic_tasks.demo import run
 
     folder.quieten()
     typer.echo(run(out, quick, seed))
-    typer.echo(f"Everything is in {out}: begin with {out / 'summary.md'} and {out / 'curves.html'}.")
+    typer.echo(f"Everything is in {out}: begin with {out / 'summary.md'} and {out / 'probes.html'}.")
 
 
 @app.command()

@@ -205,11 +205,15 @@ def test_ctrl_c_says_how_to_go_on(
     assert err == "headlab: stopped; run the same command again to go on\n"
 
 
-def test_demo_in_its_quick_form(run: Run, tmp_path: Path) -> None:
-    status, said, _ = run("demo", "--quick", "--out", tmp_path / "demo")
+def test_demo_in_its_quick_form(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("synthetic_tasks.demo.STEPS", {True: 2})
+    out = tmp_path / "demo"
+    status, said, _ = run("demo", "--quick", "--seed", 1, "--out", out)
     assert status == 0
     assert "A model that really is smaller" in said
-    assert json.loads((tmp_path / "demo" / "mask.json").read_text())["kind"] == "mask"
+    assert f"begin with {out / 'summary.md'} and {out / 'probes.html'}" in said
+    assert json.loads((out / "mask.json").read_text())["kind"] == "mask"
+    assert {row["seed"] for row in json.loads((out / "probes.json").read_text())["rows"]} == {1}
 
 
 def test_help_needs_none_of_the_heavy_libraries() -> None:
