@@ -285,9 +285,11 @@ def picture(figure: go.Figure, docs: Path, name: str, caption: str) -> str:
     """The figure as a PNG where plotly can make one (it needs kaleido and a browser), else as a page."""
     folder = docs / "figures"
     folder.mkdir(parents=True, exist_ok=True)
+    height = figure.layout.height or 480
     try:
         write(
-            folder / f"{name}.png", lambda file: file.write_bytes(figure.to_image("png", width=900, height=480, scale=1.5))
+            folder / f"{name}.png",
+            lambda file: file.write_bytes(figure.to_image("png", width=900, height=height, scale=1.5)),
         )
     except (ImportError, ValueError, RuntimeError):
         save_html(figure, folder / f"{name}.html")
