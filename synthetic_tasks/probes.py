@@ -19,11 +19,12 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from headlab.dcmha import BRANCHES, Compose
 from headlab.dcmha.attention import Problem, Visible, attend
-from headlab.dcmha.compose import Projection, Side, Sides, Weight
+from headlab.dcmha.compose import Projection, Weight
 from headlab.errors import HeadlabError
 from headlab.families import Family, register
 
 from . import single
+from .single import flat
 from .symbolic import CrossComposition
 
 COMPOSITIONAL = "compositional"
@@ -108,14 +109,6 @@ def probe_config(task: CrossComposition, kind: str, **sizes: Any) -> ProbeConfig
     )
 
 
-def flat(layer: nn.Module, x: Float[Tensor, "batch pos n_in"]) -> Float[Tensor, "batch pos n_out"]:
-    """A linear layer, given all tokens in one axis: with the weights of many runs, vmap makes one product per run of it,
-    and not one per sequence."""
-    if layer._forward_pre_hooks or layer._forward_hooks:  # who listens expects [batch, pos, ...]
-        return layer(x)
-    return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
 class ProbeAttention(nn.Module):
     """Attention with composed heads, for all positions or for the last one as the only query."""
 
@@ -133,31 +126,26 @@ class ProbeAttention(nn.Module):
         self.compose = Compose(config.hidden_size, config.num_attention_heads, rank=config.rank, **options)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], last: bool = False) -> Float[Tensor, "batch query d_model"]:
-        asking = x[:, -1:] if last else x
-        parts = ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x))
-        q, k, v = (flat(part, at).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part, at in parts)
-        query, key = (self._sides(asking, "query"), self._sides(x, "key")) if last else (self.compose(x),) * 2
+        if last and single.fits(self.compose, self.k_proj, self.v_proj):
+            asked = flat(self.q_proj, x[:, -1:])[:, 0].unflatten(-1, (-1, self.head_dim))
+            w_k, w_v = (part.weight.unflatten(0, (-1, self.head_dim)) for part in (self.k_proj, self.v_proj))
+            return flat(self.o_proj, single.attended(self.compose, asked, w_k, w_v, x).flatten(1)[:, None])
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (flat(part, x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+        sides = self.compose(x)
         problem = Problem(
-            q=q,
+            q=q,  # [batch, head, pos, d_head]
             k=self.compose.spread(k, "scores"),
             v=self.compose.spread(v, "output"),
             compose=self.compose,
-            query=query,
-            key=key,
-            gates=self.compose.gates(asking),
-            visible=Visible(causal=not last),
+            query=sides,
+            key=sides,
+            gates=self.compose.gates(x),
+            visible=Visible(),
             scale=self.head_dim**-0.5,
         )
-        z, _ = attend(problem, "single" if single.fits(problem) else "eager")  # [batch, query, head, d_head]
-        return flat(self.o_proj, z.flatten(2))
-
-    def _sides(self, x: Float[Tensor, "batch pos d_model"], only: str) -> Sides:
-        """What the tokens bring to the maps as queries or as keys; all in one axis, as in `flat`."""
-        found = self.compose(x.flatten(0, 1)[None], only)
-        return {
-            name: Side(*(None if part is None else part[0].unflatten(0, x.shape[:2]) for part in (s.w1, s.w2, s.gate)))
-            for name, s in found.items()
-        }
+        out = flat(self.o_proj, attend(problem)[0].flatten(2))
+        return out[:, -1:] if last else out
 
 
 class CompositionalAttention(nn.Module):
