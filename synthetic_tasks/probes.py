@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from headlab.dcmha import BRANCHES, Compose
@@ -270,4 +270,5 @@ class ProbeForSequenceClassification(PreTrainedModel):
 
 PROBE = register(Family("cross_composition_probe", ("ProbeAttention",), model_types=(ProbeConfig.model_type,)))
 AutoConfig.register(ProbeConfig.model_type, ProbeConfig, exist_ok=True)
-AutoModelForSequenceClassification.register(ProbeConfig, ProbeForSequenceClassification, exist_ok=True)
+for _auto in (AutoModel, AutoModelForSequenceClassification):
+    _auto.register(ProbeConfig, ProbeForSequenceClassification, exist_ok=True)
