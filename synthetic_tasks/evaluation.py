@@ -182,12 +182,12 @@ def evaluate(
         "site": site,
         "batch_size": batch_size,
     }
-    steps = RowLog(log, record)
-    done = {step["batch"]: step["answers"] for step in steps.rows}
     groups = plan(encoded, batch_size)
     bar = tqdm(total=len(encoded), desc="evaluate", unit="context", disable=None)
     gated = nullcontext() if mask is None else masked(model, mask, fill, site)
-    with bar, evaluating(model), torch.inference_mode(), gated:
+    with bar, evaluating(model), torch.inference_mode(), gated:  # a mask that does not fit is an error before a log is begun
+        steps = RowLog(log, record)
+        done = {step["batch"]: step["answers"] for step in steps.rows}
         for number, members in enumerate(groups):
             if number not in done:
                 done[number] = _judge(model, [encoded[i] for i in members], padding)

@@ -314,6 +314,12 @@ def test_under_a_mask(models, name):
         evaluate(models["llama-mha"], CONTEXTS, TOKENIZER, mask=clean_mask(model))
 
 
+def test_a_mask_that_does_not_fit_leaves_no_log(models, tmp_path):
+    with pytest.raises(HeadlabError):
+        evaluate(models["llama-mha"], CONTEXTS, TOKENIZER, mask=torch.ones(7), log=tmp_path / "log.jsonl")
+    assert not (tmp_path / "log.jsonl").exists()
+
+
 def clean_mask(model):
     return hl.importance(model, answer_batches(CONTEXTS, TOKENIZER)).keep(0.5)
 
