@@ -34,14 +34,21 @@ from .truth import Truth, compare
 
 HEADS = 12
 STEPS = {False: 2000, True: 1000}  # quick or not
+SIZE = replace(
+    SMALL,
+    features=5,
+    records=6,
+    d_model=48,
+    recipes={"binding": replace(SMALL.recipes["binding"], weight_decay=0.1)},
+)
 TOLERATED = 0.05  # nats: the pruned model may lose this much
 TOOK_APART = "dcmha"
 
 
 def points(quick: bool, seed: int) -> list[Point]:
     """What is trained: plain attention, more of it, and composed heads."""
-    recipe = replace(SMALL.recipes["binding"], steps=STEPS[quick], weight_decay=0.1)
-    return [point(SMALL, "binding", label, seed, heads=HEADS, recipe=recipe) for label in ("mha", MATCHED, TOOK_APART)]
+    recipe = replace(SIZE.recipes["binding"], steps=STEPS[quick])
+    return [point(SIZE, "binding", label, seed, heads=HEADS, recipe=recipe) for label in ("mha", MATCHED, TOOK_APART)]
 
 
 def batches(task: CrossComposition, split: Split, draw: int) -> list[dict[str, torch.Tensor]]:

@@ -38,10 +38,10 @@ FULL = Size(
     },
 )  # fmt: skip
 SMALL = Size(
-    features=5, values=8, records=6, d_model=48, heads=5, d_head=8,
+    features=7, values=8, records=7, d_model=64, heads=7, d_head=8,
     recipes={
         "binding": Recipe(steps=2000, batch=256, lr=4e-3, warm=0.1, hold=0.5),
-        "conflict": Recipe(steps=4000, batch=256, lr=4e-3, weight_decay=0.3),
+        "conflict": Recipe(steps=3000, batch=256, lr=4e-3, warm=0.1, hold=0.5, weight_decay=0.3),
     },
 )  # fmt: skip
 SIZES = {"full": FULL, "small": SMALL}

@@ -74,7 +74,8 @@ def test_matched_attention_has_as_many_parameters_and_one_head_fewer_would_not(s
 
 def test_the_heads_of_matched_attention_do_not_depend_on_the_seed() -> None:
     heads = {point(SMALL, "binding", MATCHED, seed).run.sizes["num_attention_heads"] for seed in range(3)}
-    assert heads == {heads_of_matched(point(SMALL, "binding", "mha", 0).run.task, 5, (("head_dim", 8), ("hidden_size", 48)))}
+    sizes = (("head_dim", SMALL.d_head), ("hidden_size", SMALL.d_model))
+    assert heads == {heads_of_matched(point(SMALL, "binding", "mha", 0).run.task, SMALL.heads, sizes)}
 
 
 @SIZES
@@ -105,7 +106,7 @@ def test_every_kind_is_compared_on_both_levels() -> None:
     for level, first in (("binding", None), ("conflict", True)):
         labels = [at.label for at in points if at.run.task.level == level and at.run.sizes.get("first") == first]
         assert set(labels) == {*KINDS, MATCHED}
-    assert sorted(at.run.recipe.weight_decay for at in points if at.heads == 20) == [0.001, 0.01, 0.1]
+    assert sorted(at.run.recipe.weight_decay for at in points if at.heads == 42) == [0.001, 0.01, 0.1]
 
 
 @SIZES
@@ -151,8 +152,8 @@ def test_a_point_takes_changes_of_the_task_and_of_the_probe() -> None:
     at = point(SMALL, "conflict", "key", 3, heads=7, n_records=4, shared_values=True, rank=1, mlp=True, head_dim=3)
     assert (at.label, at.heads, at.run.kind) == ("key", 7, "key")
     task = at.run.task
-    assert (task.n_features, task.n_values, task.n_records, task.seed, task.shared_values) == (5, 8, 4, 3, True)
-    assert at.run.sizes == {"num_attention_heads": 7, "hidden_size": 48, "head_dim": 3, "rank": 1, "mlp": True}
+    assert (task.n_features, task.n_values, task.n_records, task.seed, task.shared_values) == (7, 8, 4, 3, True)
+    assert at.run.sizes == {"num_attention_heads": 7, "hidden_size": 64, "head_dim": 3, "rank": 1, "mlp": True}
     assert at.run.recipe == SMALL.recipes["conflict"]
     with pytest.raises(HeadlabError, match="n_records is 9, but the 8 values"):
         point(SMALL, "binding", "mha", 0, n_records=9)
