@@ -136,7 +136,8 @@ counts. Guessing a record gives 8.3 %.
 **The probes.** {size.d_model} wide, heads of {size.d_head}, one layer (pre-norm), the answer read at the query. `seed`
 draws the combinations held out, the data and the weights. Per cent of 10,000 sequences; *trained* is fresh sequences with
 trained combinations, *unseen* those held out. *The map is right* at a query if of all pairs of features (on the level
-binding: all features to report) it ties the asked ones most (`synthetic_tasks.truth`). *Matched* is an MHA with so many
+binding: all features to report) it ties the asked ones most (`synthetic_tasks.truth`); these shares were measured before an
+overflow at large scores was mended, and can be too low. *Matched* is an MHA with so many
 heads that it has as many parameters as the DCMHA of the same point."""
 SECTIONS = {
     "main": (
