@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from headlab.batches import IGNORED
 from headlab.errors import HeadlabError
 
-IGNORED = -100  # label of a token that has no loss, as everywhere in transformers
 LEVELS = ("binding", "conflict")
 LAYOUTS = ("bag", "tokens")
 SPLITS = ("train", "seen", "test")
