@@ -11,28 +11,12 @@ import torch
 import transformers as hf
 
 import headlab as hl
-from headlab import cli
 
 from . import zoo
+from .conftest import Run
 from .words import WORDS, save_with_tokenizer
 
-Run = Callable[..., tuple[int, str, str]]
 SMALL = ["--examples", "5", "--length", "7", "--batch-size", "3"]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process: exit status, stdout, stderr without progress bars."""
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["headlab", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        said = capsys.readouterr()
-        return int(stop.value.code or 0), said.out, said.err
-
-    return call
 
 
 @pytest.fixture

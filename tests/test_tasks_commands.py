@@ -16,14 +16,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import headlab as hl
-from headlab import cli
 from synthetic_tasks import Evaluation, InContextTasks, benchmark, evaluate, published_tasks
 from synthetic_tasks.attending import attention_on
 from synthetic_tasks.studies import SIZES, STUDIES, Size
 from synthetic_tasks.training import Outcome, Recipe, train
 from synthetic_tasks.training import Run as Training
 
-Run = Callable[..., tuple[int, str, str]]
+from .conftest import Run
+
 WORDS = ["--relation", "use", "--relation", "time", "--reported", "person", "--negation", "is", "--order", "plain"]
 SMALL = [*WORDS, "--contexts", 2, "--shots", 1, "--scored", 2]
 FILE = [
@@ -35,19 +35,9 @@ FILE = [
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process: exit status, stdout, stderr without progress bars."""
-    monkeypatch.setenv("TERM", "dumb")
+def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["headlab", "tasks", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        said = capsys.readouterr()
-        return int(stop.value.code or 0), said.out, said.err
-
-    return call
+    return lambda *words: run("tasks", *words)
 
 
 @pytest.fixture
