@@ -115,7 +115,7 @@ def study(
     done = {row["run"] for row in rows.rows}
     points = (point for name in names for point in STUDIES[name](SIZES[size], range(seeds)))
     todo = {key: point.run for point in points if (key := identity(point.run)) not in done}
-    for outcome in train(list(todo.values()), device, beside=beside, checks=20):
+    for outcome in train(list(todo.values()), device, beside=beside, checks=5):
         rows.append(measured(outcome))
     found = collected(names, size, seeds, rows.rows)
     return ProbeResults(found, {"studies": list(names), "size": size, "seeds": seeds} | machine)
@@ -173,8 +173,10 @@ def described(point: Point) -> dict[str, Any]:
         "layers": sizes.get("num_hidden_layers", 1),
         "rank": sizes.get("rank", 2),
         "steps": recipe.steps,
+        "lr": recipe.lr,
         "hold": recipe.hold,
         "weight_decay": recipe.weight_decay,
+        "average": recipe.average,
         "seed": task.seed,
         "chance": task.chance,
     }

@@ -45,7 +45,7 @@ def attended(
     x: Float[Tensor, "batch pos d_model"],
 ) -> Float[Tensor, "batch head d_head"]:
     """What the heads carry to the last position, from all of them."""
-    sought = torch.einsum("bhd,hdm->bhm", q, w_k) * q.shape[-1] ** -0.5  # [batch, head, d_model]
+    sought = torch.einsum("bhd,hdm->bhm", q * q.shape[-1] ** -0.5, w_k)  # [batch, head, d_model]
     query, key = _sides(compose, x[:, -1:], "query"), _sides(compose, x, "key")
     scores = _mixed(compose, "pre", x @ sought.transpose(1, 2), query["pre_query"], key["pre_key"])  # [batch, key, head]
     pattern = _mixed(compose, "post", scores.softmax(1), query["post_query"], key["post_key"])

@@ -27,21 +27,26 @@ class Size:
     d_model: int
     heads: int
     d_head: int
-    recipes: Mapping[str, Recipe]  # by level
+    recipes: Mapping[str, Recipe]
+    """`binding`, `conflict`, `first` (conflict, an MLP on the query), `pairs` (so, for MHA with two heads for each pair)."""
 
 
 FULL = Size(
     features=8, values=16, records=12, d_model=128, heads=8, d_head=16,
     recipes={
-        "binding": Recipe(steps=4000, warm=0.1, hold=0.5),
-        "conflict": Recipe(steps=5000, warm=0.1, hold=0.75, weight_decay=0.5),
+        "binding": Recipe(steps=3500, warm=0.1, hold=0.75, weight_decay=0.1),
+        "conflict": Recipe(steps=5000, warm=0.1, hold=0.8, weight_decay=0.5, average=0.5),
+        "first": Recipe(steps=3500, warm=0.1, hold=0.8, weight_decay=0.7, average=0.4),
+        "pairs": Recipe(steps=10_000, lr=3e-3, warm=0.1, hold=0.5),
     },
 )  # fmt: skip
 SMALL = Size(
     features=7, values=8, records=7, d_model=64, heads=7, d_head=8,
     recipes={
         "binding": Recipe(steps=2000, batch=256, lr=4e-3, warm=0.1, hold=0.5),
-        "conflict": Recipe(steps=3000, batch=256, lr=4e-3, warm=0.1, hold=0.5, weight_decay=0.3),
+        "conflict": Recipe(steps=3000, batch=256, lr=4e-3, warm=0.1, hold=0.5, weight_decay=0.3, average=0.3),
+        "first": Recipe(steps=2500, batch=256, lr=4e-3, warm=0.1, hold=0.5, weight_decay=0.3, average=0.3),
+        "pairs": Recipe(steps=12_000, batch=256, lr=4e-3, warm=0.1, hold=0.5),
     },
 )  # fmt: skip
 SIZES = {"full": FULL, "small": SMALL}
@@ -65,7 +70,7 @@ def point(
         size: what is not said otherwise.
         label: a kind of `KINDS`, or `matched`.
         heads: of the point (a `matched` MHA has more).
-        recipe: by default the level's.
+        recipe: by default the size's, for the level and what else is asked for.
         changes: fields of `CrossComposition` or of `ProbeConfig`.
     """
     sizes = {"n_features": size.features, "n_values": size.values, "n_records": size.records}
@@ -74,10 +79,11 @@ def point(
     heads = heads or size.heads
     given = {"hidden_size": size.d_model, "head_dim": size.d_head}
     given |= {name: value for name, value in changes.items() if name not in for_task}
+    usual = size.recipes["first" if given.get("first") else level]
     kind, own = label, heads
     if label == MATCHED:
         kind, own = "mha", heads_of_matched(replace(task, seed=0), heads, tuple(sorted(given.items())))
-    return Point(label, heads, Run(task, kind, {"num_attention_heads": own} | given, recipe or size.recipes[level]))
+    return Point(label, heads, Run(task, kind, {"num_attention_heads": own} | given, recipe or usual))
 
 
 @cache
@@ -103,22 +109,21 @@ MAIN = ("mha", MATCHED, "static", "low_rank", "dcmha")
 def main(size: Size, seeds: Iterable[int]) -> list[Point]:
     """The main figure: both levels; the level conflict as it is, and with an MLP on the query before attention.
 
-    There heads are twice as many as features; the control is an MHA with a head for every combination, and that MLP.
+    There heads are twice as many as features; the control is an MHA with two heads for every combination, and that MLP.
     """
     found = []
     for seed in seeds:
         found += [point(size, "binding", label, seed) for label in ("mha", MATCHED, "static", "dcmha")]
-        found += [point(size, "conflict", label, seed) for label in ("mha", "low_rank", "dcmha")]
-        found += [point(size, "conflict", label, seed, **_first(size)) for label in ("static", "low_rank", "dcmha")]
-        found.append(_every_combination(size, seed))
+        found += [point(size, "conflict", label, seed) for label in ("mha", "low_rank")]
+        found += [point(size, "conflict", label, seed, **_first(size)) for label in ("low_rank", "dcmha")]
+        found.append(_pairs(size, seed))
     return found
 
 
-def _every_combination(size: Size, seed: int, rate: float = 0.1) -> Point:
-    """An MHA with a head for every combination and an MLP on the query; this decay is the one with which it fits best."""
-    recipe = replace(size.recipes["conflict"], weight_decay=rate)
-    pairs = size.features * (size.features - 1)
-    return point(size, "conflict", "mha", seed, heads=pairs, first=True, recipe=recipe)
+def _pairs(size: Size, seed: int, times: int = 2, **changes: Any) -> Point:
+    """An MHA with `times` heads for every combination, an MLP on the query, and the recipe with which it fits best."""
+    heads = times * size.features * (size.features - 1)
+    return point(size, "conflict", "mha", seed, heads=heads, first=True, recipe=replace(size.recipes["pairs"], **changes))
 
 
 def _first(size: Size) -> dict[str, Any]:
@@ -127,12 +132,11 @@ def _first(size: Size) -> dict[str, Any]:
 
 
 def kinds(size: Size, seeds: Iterable[int]) -> list[Point]:
-    """Every kind, on the level conflict with an MLP on the query; MHA with a head for every combination at three decays."""
+    """Every kind, on the level conflict with an MLP on the query."""
     found = []
     for seed in seeds:
         for label in ("mha", MATCHED, *(kind for kind in KINDS if kind != "mha")):
             found += [point(size, "binding", label, seed), point(size, "conflict", label, seed, **_first(size))]
-        found += [_every_combination(size, seed, rate) for rate in (0.001, 0.01, 0.1)]
     return found
 
 
@@ -143,7 +147,7 @@ def heads(size: Size, seeds: Iterable[int]) -> list[Point]:
         for times in (0.5, 1, 2, 4):
             found += [point(size, "binding", label, seed, heads=int(times * size.heads)) for label in MAIN]
         found += [point(size, "binding", label, seed, heads=8 * size.heads) for label in ("mha", "static")]
-        for times in (0.5, 1, 1.5, 2, 4):
+        for times in (0.5, 1, 2, 4):
             count = int(times * size.heads)
             found += [
                 point(size, "conflict", label, seed, heads=count, first=True) for label in ("static", "low_rank", "dcmha")
@@ -202,20 +206,22 @@ def layers(size: Size, seeds: Iterable[int]) -> list[Point]:
 
 
 def recipes(size: Size, seeds: Iterable[int]) -> list[Point]:
-    """What dynamic maps learn on the level conflict, how to combine or every pair by heart: decay, schedule, heads, rank."""
+    """What the level conflict needs. Dynamic maps, to learn how to combine and not every pair by heart: decay, the mean of
+    the weights, a long plateau, more heads. Plain attention, to fit at all: heads for every pair, a rate that suits it.
+    """
     usual = size.recipes["conflict"]
-    longer = replace(usual, steps=8 * usual.steps // 5)
-    one_cycle = replace(longer, warm=0.3, hold=0.0)
-    changes: list[dict[str, Any]] = [{"recipe": replace(usual, weight_decay=rate)} for rate in (0.01, 0.1, 0.3, 0.5, 0.7)]
-    changes += [{"recipe": longer}] if longer != one_cycle else []
-    changes += [{"recipe": one_cycle}, {"recipe": one_cycle, "rank": 4}]
-    found = [{"heads": 2 * size.heads} | change for change in changes] + [{"recipe": usual}, {"recipe": one_cycle}]
-    return [
+    own, last = usual.weight_decay, replace(usual, average=0.0)
+    changes: list[dict[str, Any]] = [{"recipe": replace(usual, weight_decay=rate)} for rate in (0.1, own, 0.7)]
+    changes += [{"recipe": replace(last, weight_decay=rate)} for rate in (0.1, own)]
+    changes += [{"recipe": replace(last, warm=0.3, hold=0.0)}, {"heads": 2 * size.heads}, {"rank": 4}]
+    found = [
         point(size, "conflict", label, seed, **change)
-        for change in found
+        for change in changes
         for seed in seeds
         for label in ("low_rank", "dcmha")
     ]
+    plain: list[dict[str, Any]] = [{"times": 1}, {}, {"weight_decay": 0.1}, {"lr": 2 * size.recipes["pairs"].lr / 3}]
+    return found + [_pairs(size, seed, **change) for change in plain for seed in list(seeds)[:3]]
 
 
 def control(size: Size, seeds: Iterable[int]) -> list[Point]:

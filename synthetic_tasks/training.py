@@ -38,6 +38,9 @@ class Recipe:
         steps, batch: how many steps, of how many sequences each.
         lr: the highest learning rate. It rises over the share `warm` of the steps, stays for the share `hold`, then falls.
         weight_decay: of all parameters; `decay` says otherwise for some (`PARTS`).
+        average: the trained probe has the mean of the weights over this share of the steps, the last ones (stochastic weight
+            averaging, Izmailov et al. 2018). At a high rate what a probe makes of a combination that it never meets comes
+            and goes from step to step; the mean does not.
         clip: longest gradient of a run.
     """
 
@@ -48,6 +51,7 @@ class Recipe:
     hold: float = 0.0
     weight_decay: float = 0.01
     decay: Mapping[str, float] = field(default_factory=dict)
+    average: float = 0.0
     clip: float = 1.0
 
     def __post_init__(self) -> None:
@@ -59,6 +63,8 @@ class Recipe:
             raise HeadlabError(
                 f"warm ({self.warm}) and hold ({self.hold}) are shares of the steps that leave some to fall in"
             )
+        if not 0 <= self.average <= 1:
+            raise HeadlabError(f"average ({self.average}) is a share of the steps, from 0 to 1")
         if self.steps < 1 or self.batch < 1:
             raise HeadlabError(f"{self.steps} steps of {self.batch} sequences: at least one of both")
 
@@ -117,10 +123,10 @@ class Stack:
         self.weights = {name: x.detach().to(self.device).requires_grad_() for name, x in state.items()}
         self.pairs = torch.stack([run.task.pairs("train") for run in runs]).to(self.device)
         self.generator = torch.Generator(self.device).manual_seed(_seed(*(run.task.seed for run in runs)))
-        self.decays = {
-            name: torch.tensor([run.recipe.decay_of(name) for run in runs], device=self.device).view(_per_run(x))
-            for name, x in self.weights.items()
-        }
+        decays = [[run.recipe.decay_of(name) for run in runs] for name in self.weights]
+        self.decays = torch.tensor(decays, device=self.device)  # [weight, run]
+        self.means = {name: torch.zeros_like(x) for name, x in self.weights.items()} if self.recipe.average else {}
+        self.shares = shares_of_mean(self.recipe).to(self.device)
         self.step_number = torch.zeros(1, dtype=torch.long, device=self.device)
         self.lr = torch.zeros((), device=self.device)
         self.schedule = learning_rates(self.recipe).to(self.device)
@@ -145,18 +151,24 @@ class Stack:
         F.cross_entropy(logits.flatten(0, 1), sample.answer.flatten(), reduction="sum").div(self.recipe.batch).backward()
         with torch.no_grad():
             weights = list(self.weights.values())
-            norm = torch.stack([p.grad.flatten(1).square().sum(1) for p in weights if p.grad is not None]).sum(0).sqrt()
-            scale = (self.recipe.clip / (norm + 1e-6)).clamp(max=1)
+            norms = [torch.linalg.vector_norm(p.grad.flatten(1), dim=1) for p in weights]  # type: ignore[union-attr]
+            scale = (self.recipe.clip / (torch.linalg.vector_norm(torch.stack(norms), dim=0) + 1e-6)).clamp(max=1)
             self.lr.copy_(self.schedule[self.step_number][0])
-            for name, p in self.weights.items():
+            for p, kept in zip(weights, 1 - self.lr * self.decays, strict=True):
                 p.grad.mul_(scale.view(_per_run(p)))  # type: ignore[union-attr]
-                p.mul_(1 - self.lr * self.decays[name])  # AdamW's decay, at each run's own rate
+                p.mul_(kept.view(_per_run(p)))  # AdamW's decay, at each run's own rate
             self.optimizer.step()
+            for name, mean in self.means.items():
+                mean.lerp_(self.weights[name], self.shares[self.step_number][0])
             self.step_number += 1
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
 
     def wait(self) -> None:
         """Until all steps are done: at once, where they are not recorded and replayed."""
+
+    def finish(self) -> None:
+        """After the last step: take the mean of the weights, where the recipe says so."""
+        self.weights |= self.means
 
     @torch.no_grad()
     def accuracy(self, split: Split, n: int) -> list[float]:
@@ -195,6 +207,12 @@ def learning_rates(recipe: Recipe) -> Float[Tensor, " step"]:
     rise, fall = ((part.clamp(0, 1) * torch.pi).cos() for part in (steps / up, (steps - level) / (recipe.steps - level)))
     low = torch.where(steps < up, 1 / 25, 1 / 250_000)
     return recipe.lr * (low + (1 - low) * torch.where(steps < up, 1 - rise, 1 + fall) / 2)
+
+
+def shares_of_mean(recipe: Recipe) -> Float[Tensor, " step"]:
+    """How far the mean of the weights moves to those after every step, so that the last steps count alike."""
+    counted = torch.arange(recipe.steps) - (recipe.steps - max(1, round(recipe.average * recipe.steps)))
+    return torch.where(counted >= 0, 1 / (counted + 1).clamp(min=1), 0.0)
 
 
 def train(
@@ -243,8 +261,9 @@ def _train_beside(stacks: Sequence[Stack], checks: int, bar: Any) -> list[list[d
             if step in at:
                 stepper.wait()
                 history.append({"step": step} | _accuracies(stack, 2048))
-    for stepper in steppers:
+    for stack, stepper in zip(stacks, steppers, strict=True):
         stepper.wait()
+        stack.finish()
     return histories
 
 

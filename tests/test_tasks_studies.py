@@ -90,13 +90,13 @@ def test_the_main_study(size: Size) -> None:
             if at.run.task.seed == seed
         }
         binding = {("binding", label, size.heads, False) for label in ("mha", MATCHED, "static", "dcmha")}
-        plain = {("conflict", label, size.heads, False) for label in ("mha", "low_rank", "dcmha")}
-        first = {("conflict", label, 2 * size.heads, True) for label in ("static", "low_rank", "dcmha")}
-        assert found == binding | plain | first | {("conflict", "mha", pairs, True)}
-    assert len(points) == 55
+        plain = {("conflict", label, size.heads, False) for label in ("mha", "low_rank")}
+        first = {("conflict", label, 2 * size.heads, True) for label in ("low_rank", "dcmha")}
+        assert found == binding | plain | first | {("conflict", "mha", 2 * pairs, True)}
+    assert len(points) == 45
     for at in points:
-        decay = at.run.recipe.weight_decay if at.heads == pairs else size.recipes[at.run.task.level].weight_decay
-        assert at.run.recipe == replace(size.recipes[at.run.task.level], weight_decay=decay)
+        usual = "first" if at.run.sizes.get("first") else at.run.task.level
+        assert at.run.recipe == size.recipes["pairs" if at.heads == 2 * pairs else usual]
         assert at.run.task.held_out == 0.3
         assert not at.run.task.shared_values
 
@@ -106,7 +106,6 @@ def test_every_kind_is_compared_on_both_levels() -> None:
     for level, first in (("binding", None), ("conflict", True)):
         labels = [at.label for at in points if at.run.task.level == level and at.run.sizes.get("first") == first]
         assert set(labels) == {*KINDS, MATCHED}
-    assert sorted(at.run.recipe.weight_decay for at in points if at.heads == 42) == [0.001, 0.01, 0.1]
 
 
 @SIZES
@@ -131,9 +130,11 @@ def test_what_studies_share_is_the_same_run(size: Size) -> None:
             assert usual in ids[name], (label, name)
         for name in ("control", "layers", "recipes"):
             assert usual not in ids[name]
-    alone = ids["main"] - ids["kinds"]  # those of the level conflict without an MLP
-    assert alone == {identity(point(size, "conflict", label, 0).run) for label in ("mha", "low_rank", "dcmha")}
-    assert len(ids["main"] & ids["recipes"]) == 2
+    alone = ids["main"] - ids["kinds"]  # those of the level conflict without an MLP, and heads for every pair
+    without = {identity(point(size, "conflict", label, 0).run) for label in ("mha", "low_rank")}
+    assert alone > without
+    assert len(alone) == 3
+    assert ids["main"] & ids["recipes"] == alone - {identity(point(size, "conflict", "mha", 0).run)}
     assert not ids["shared"] & ids["main"]
 
 

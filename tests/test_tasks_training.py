@@ -15,7 +15,7 @@ from headlab.errors import HeadlabError
 from synthetic_tasks import CrossComposition, training
 from synthetic_tasks.probes import ProbeForSequenceClassification, probe_config
 from synthetic_tasks.symbolic import Sample
-from synthetic_tasks.training import Outcome, Recipe, Run, Stack, learning_rates, train
+from synthetic_tasks.training import Outcome, Recipe, Run, Stack, learning_rates, shares_of_mean, train
 
 SIZES = {"hidden_size": 11, "num_attention_heads": 3, "head_dim": 2}
 STEPS, BATCH = 5, 13
@@ -208,6 +208,36 @@ def test_learning_rates_begin_and_end_low():
     assert found[40_000] == found[30_001] == 2.0
 
 
+@pytest.mark.parametrize(
+    ("steps", "average", "counted"), [(7, 0.0, 1), (7, 0.3, 2), (5, 1.0, 5), (11, 0.5, 6), (3, 0.01, 1)]
+)
+def test_the_mean_counts_the_last_steps_alike(steps, average, counted):
+    values = torch.randn(steps, dtype=torch.float64)
+    mean = torch.tensor(3.0, dtype=torch.float64)
+    for value, share in zip(values, shares_of_mean(Recipe(steps=steps, average=average)).double(), strict=True):
+        mean = mean.lerp(value, share)
+    assert abs(mean - values[-counted:].mean()) < 1e-6
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_trained_probe_has_the_mean_of_its_last_weights():
+    runs = [run_of(seed, steps=5, average=0.6) for seed in range(2)]
+    stack, seen = Stack(runs), []
+    for _ in range(5):
+        stack.step()
+        seen.append([weights_of(stack, i) for i in range(2)])
+    last = seen[-1][1]["head.weight"]
+    stack.finish()
+    for i in range(2):
+        for name, x in weights_of(stack, i).items():
+            expected = torch.stack([weights[i][name] for weights in seen[-3:]]).mean(0)
+            assert (x - expected).abs().max() < 1e-9, name
+    assert (weights_of(stack, 1)["head.weight"] - last).abs().max() > 1e-4
+    outcome, _ = train(runs)
+    for name, x in outcome.probe.named_parameters():
+        assert (x - weights_of(stack, 0)[name]).abs().max() < 1e-9, name
+
+
 # --- accuracy, outcomes
 
 
@@ -380,6 +410,8 @@ def test_plain_attention_fails_where_maps_do_not():
         ({"warm": 0.5, "hold": 0.5}, r"warm \(0.5\) and hold \(0.5\)"),
         ({"hold": -0.1}, r"hold \(-0.1\)"),
         ({"warm": float("nan")}, r"warm \(nan\)"),
+        ({"average": 1.5}, r"average \(1.5\) is a share"),
+        ({"average": float("nan")}, r"average \(nan\) is a share"),
         ({"steps": 0}, "0 steps of 1024 sequences"),
         ({"batch": -2}, "4000 steps of -2 sequences"),
     ],
