@@ -39,7 +39,9 @@ SETTINGS = {  # of probes: what a reader sees of a value
     "shared_values": "shared values {}",
     "mlp": "MLP {}",
     "layers": "{} layers",
+    "lr": "rate {:g}",
     "weight_decay": "weight decay {:g}",
+    "average": "mean of {:.0%}",
     "steps": "{:,} steps",
     "hold": "{:g} of steps held",
     "rank": "rank {}",
@@ -124,7 +126,7 @@ def probe_kinds(results: Probed, title: str = "Probes: unseen and trained combin
             style = {"name": name, "legendgroup": name, "showlegend": row == 1, "mode": "markers", "marker": marker}
             values = [100 * run[which] for *_, run in own]
             figure.add_scatter(x=values, y=y, text=text, hovertemplate="%{text}<extra></extra>", **style, row=row, col=1)
-        labels = [f"{label} ({_between(runs['parameters'])} parameters)" for _, label, runs in lines]
+        labels = [f"{label} ({_sizes(label, runs)})" for _, label, runs in lines]
         figure.update_yaxes(automargin=True, zeroline=False, **labelled(labels), row=row)
     figure.update_xaxes(range=[-2, 102])
     figure.update_xaxes(title="accuracy (%), a dot per seed", row=len(panels))
@@ -166,6 +168,11 @@ def _probe(kind: str) -> tuple[str, str, str]:
 
 def _plain(value: Any) -> Any:
     return ("no", "yes")[bool(value)] if isinstance(value, (bool, np.bool_)) else value
+
+
+def _sizes(label: str, runs: pd.DataFrame) -> str:
+    heads = [] if " heads" in label else [f"{_between(runs['own_heads'])} heads"]
+    return ", ".join([*heads, f"{_between(runs['parameters'])} parameters"])
 
 
 def _between(numbers: pd.Series) -> str:
