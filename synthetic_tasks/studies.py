@@ -43,7 +43,7 @@ FULL = Size(
 SMALL = Size(
     features=7, values=8, records=7, d_model=64, heads=7, d_head=8,
     recipes={
-        "binding": Recipe(steps=2000, batch=256, lr=4e-3, warm=0.1, hold=0.5),
+        "binding": Recipe(steps=4000, batch=256, lr=4e-3, warm=0.1, hold=0.5),
         "conflict": Recipe(steps=3000, batch=256, lr=4e-3, warm=0.1, hold=0.5, weight_decay=0.3, average=0.3),
         "first": Recipe(steps=2500, batch=256, lr=4e-3, warm=0.1, hold=0.5, weight_decay=0.3, average=0.3),
         "pairs": Recipe(steps=12_000, batch=256, lr=4e-3, warm=0.1, hold=0.5),

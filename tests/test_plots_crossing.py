@@ -72,7 +72,7 @@ def test_probes_against_heads() -> None:
 def test_probes_that_differ_at_one_x_have_their_own_lines() -> None:
     frame = pd.concat([probe_runs(), probe_runs(weight_decay=0.5).query("kind == 'mha'")])
     names = dict.fromkeys(trace.name for trace in plots.probes(Runs(frame)).data if trace.name)
-    assert list(names) == ["chance", "MHA, weight decay 0.1", "MHA, weight decay 0.5", "DCMHA (all branches)"]
+    assert list(names) == ["chance", "MHA, decay 0.1", "MHA, decay 0.5", "DCMHA (all branches)"]
     co_varying = frame.assign(steps=100 * frame["heads"])  # what goes with x does not split a line
     assert dict.fromkeys(trace.name for trace in plots.probes(Runs(co_varying)).data if trace.name) == names
     several = plots.probes(Runs(probe_runs()), x="d_head")

@@ -40,10 +40,10 @@ SETTINGS = {  # of probes: what a reader sees of a value
     "mlp": "MLP {}",
     "layers": "{} layers",
     "lr": "rate {:g}",
-    "weight_decay": "weight decay {:g}",
-    "average": "mean of {:.0%}",
+    "weight_decay": "decay {:g}",
+    "average": "average {:g}",
     "steps": "{:,} steps",
-    "hold": "{:g} of steps held",
+    "hold": "hold {:g}",
     "rank": "rank {}",
     "parameters": "{:,} parameters",
 }
@@ -130,7 +130,8 @@ def probe_kinds(results: Probed, title: str = "Probes: unseen and trained combin
         figure.update_yaxes(automargin=True, zeroline=False, **labelled(labels), row=row)
     figure.update_xaxes(range=[-2, 102])
     figure.update_xaxes(title="accuracy (%), a dot per seed", row=len(panels))
-    figure.update_layout(title=title, height=height)
+    below = {"orientation": "h", "xref": "container", "yref": "container", "x": 0.5, "y": 0.02, "xanchor": "center"}
+    figure.update_layout(title=title, height=height + 30, legend=below, margin={"r": 30, "b": 110})
     return figure
 
 
