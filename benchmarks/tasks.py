@@ -174,8 +174,8 @@ SECTIONS = {
         "and goes while all trained ones stay right: a probe that stops at the wrong moment has lost one of sixteen. Either "
         "the rate falls all the time (`hold` 0), or the mean of the weights over the last steps (`average`, a share of the "
         "steps) is taken, which loses fewer. More heads than features and an MLP on the query (above) lose none; rank 4 "
-        "loses more. Which pair is lost changes when sums are rounded in another order, so that single seeds differ from run "
-        "to run. The last rows are plain attention with an MLP on the query and a head, or two, for each of the 56 pairs.",
+        "loses more. Which pair is lost changes when sums are rounded in another order, so that seeds differ from run to "
+        "run. The last rows are plain attention with an MLP on the query and a head, or two, for each of the 56 pairs.",
     ),
     "control": (
         "Nothing held out",
