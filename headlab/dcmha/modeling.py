@@ -218,7 +218,7 @@ class DCModel(DCPreTrainedModel):
             position_ids = (torch.arange(n_pos, device=x.device) + past)[None]
         fixed = not isinstance(past, int) or getattr(past_key_values, "is_compileable", False)
         real, seen = _masks(attention_mask, len(x), known + n_pos, fixed)
-        rotary = _rotary(config, position_ids, torch.promote_types(x.dtype, torch.float32))
+        rotary = rotary_of(config, position_ids, torch.promote_types(x.dtype, torch.float32))
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states: list[Tensor] = []
@@ -272,7 +272,7 @@ def _masks(mask: Tensor | None, batch: int, n_keys: int, fixed: bool) -> tuple[T
     return mask.bool(), None
 
 
-def _rotary(config: Any, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_of(config: Any, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles, [batch, 1, pos, features that turn]."""
     n = int(config.head_dim * config.rotary_pct)
     powers = torch.arange(0, n, 2, device=position_ids.device, dtype=dtype) / n
