@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .batches import Batches, describe_data, forward, prepare, real_tokens
 from .errors import HeadlabError
 from .families import Attention, weight_blocks
+from .looking import Look, at_patterns
 from .models import describe, evaluating, fingerprint, head_rows, rows
 from .results import FORMAT, Result, read_tensors, write
 from .scores import Head, HeadMask
@@ -294,39 +295,57 @@ def _run(model: nn.Module, data: list[dict[str, Tensor]], edit: Callable[[Attent
 def capture(
     model: nn.Module,
     heads: Sequence[Head] | None = None,
-    what: Literal["z", "result"] = "z",
+    what: Literal["z", "result", "scores", "pattern"] = "z",
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Mapping[Head, list[Tensor]]]:
-    """Record what heads carry, one tensor per head and forward pass.
+    """Record what heads carry or where they look, one tensor per head and forward pass.
 
     Args:
         model: a plain model or a bridge.
         heads: which heads; by default all.
-        what: `z`, the head's output at its site, [batch, pos, d_head]; or `result`, what it adds to the residual stream,
-            [batch, pos, d_model] (the output projection's bias belongs to no head).
+        what: `z`, the head's output at its site, [batch, pos, d_head]; `result`, what it adds to the residual stream,
+            [batch, pos, d_model] (the output projection's bias belongs to no head); `pattern`, its attention pattern, or
+            `scores`, what the softmax is taken of, [batch, query, key] (see `looking.Look`: dropout is then off inside).
         reduce: applied at once to every tensor, so that the whole need not be kept.
+
+    Raises:
+        HeadlabError: there is no such head, or no such thing to record; or, while running, it was not to be had.
 
     >>> with capture(model, hl.heads(model)[:1], "z", reduce=lambda z: z.norm(dim=-1)) as acts:  # doctest: +SKIP
     ...     model(**batch)
     """
-    if what not in ("z", "result"):
-        raise HeadlabError(f"what is 'z' or 'result', not {what!r}")
-    found = rows(model)
-    known = {head: (row, place) for row in found for head, place in zip(row.heads, row.places, strict=True)}
-    wanted = list(dict.fromkeys(known if heads is None else heads))
-    if unknown := [str(head) for head in wanted if head not in known]:
+    if what not in ("z", "result", "scores", "pattern"):
+        raise HeadlabError(f"what is 'scores', 'pattern', 'z' or 'result', not {what!r}")
+    site = "probabilities" if what == "scores" else "output"  # composed heads may have the one and not the other
+    found = [row for row in rows(model) if row.slots]
+    known = {row.row: (row if row.compose is None else row.at(site)).heads for row in found}
+    every = [head for row in found for head in known[row.row]]
+    acts: dict[Head, list[Tensor]] = {head: [] for head in (every if heads is None else heads)}
+    if unknown := [str(head) for head in acts if head not in every]:
         raise HeadlabError(f"the model has no heads {', '.join(unknown)}; hl.heads(model) lists them")
-    acts: dict[Head, list[Tensor]] = {head: [] for head in wanted}
 
-    def record(row: Attention, z: Float[Tensor, "batch pos slot d_head"], run: Pass) -> None:
-        for head in wanted:
-            if head.row != row.row:
-                continue
-            place = known[head][1]
-            value = z[:, :, place].detach()
-            if what == "result":
-                value = value @ weight_blocks(row.projection(row.family.o), row.d_head, "in")[place].detach()
-            acts[head].append(value.clone() if reduce is None else reduce(value))
+    def keep(row: Attention, of: Callable[[int], Tensor]) -> None:
+        for i, head in enumerate(known[row.row]):
+            if head in acts:
+                whole = of(i).detach()
+                value = whole if reduce is None else reduce(whole)
+                shared = value.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+                acts[head].append(value.clone() if shared else value)  # a view would keep what all heads have
 
-    with at_sites(model, record, [row for row in found if any(head.row == row.row for head in wanted)]):
+    def carried(row: Attention, z: Float[Tensor, "batch pos slot d_head"], _: Pass) -> None:
+        if what == "z":
+            return keep(row, lambda i: z[:, :, row.places[i]])
+        blocks = weight_blocks(row.projection(row.family.o), row.d_head, "in")  # [slot, d_head, d_model]
+        return keep(row, lambda i: z[:, :, row.places[i]] @ blocks[row.places[i]])
+
+    def seen(row: Attention, look: Look) -> None:
+        values = look.pattern if look.scores is None else look.scores
+        keep(row, lambda i: values[:, i])
+
+    wanted = [row for row in found if any(head in acts for head in known[row.row])]
+    if what in ("z", "result"):
+        recording = at_sites(model, carried, wanted)
+    else:
+        recording = at_patterns(model, seen, wanted, scores=what == "scores")
+    with recording:
         yield acts
