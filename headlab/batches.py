@@ -42,7 +42,7 @@ def prepare(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
     if all(isinstance(text, str) for text in given):
         given = _tokenized(model, given)
     root = inner(model)
-    context = _context(root)
+    context = context_length(root)
     prepared = []
     for number, batch in enumerate(given):
         if not isinstance(batch, Mapping) or not any(name in batch for name in ("input_ids", "inputs_embeds")):
@@ -76,7 +76,7 @@ def _tokenized(model: nn.Module, texts: list[str]) -> list[dict[str, Tensor]]:
     return [dict(found(chunk, return_tensors="pt", padding=True, padding_side="right")) for chunk in chunks]
 
 
-def _context(root: PreTrainedModel) -> int | None:
+def context_length(root: PreTrainedModel) -> int | None:
     """The longest input that a model takes; None where nothing limits it (relative positions)."""
     config = root.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
