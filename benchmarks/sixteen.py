@@ -1,0 +1,134 @@
+"""The studies of "Are Sixteen Heads Really Better than One?" (Michel, Levy & Neubig 2019), on models trained here.
+
+    python -m benchmarks.sixteen all --out RUN --docs docs            train, study, and write docs/sixteen.md
+    python -m benchmarks.sixteen train | study --out RUN              the first two parts by themselves
+    python -m benchmarks.sixteen report --out RUN --docs docs         the page, from RUN/results alone
+
+One head off, all but one, what each kind of attention can lose, two domains, the course of training, and speed at half the
+heads: of the translator and the classifier of `benchmarks/sequence.py`. What is in RUN already is not made again: after a
+kill, the same command goes on. Six to ten minutes on one GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import headlab as hl
+from headlab.batches import Batch, Metric
+from headlab.checkpoints import checkpoint_folders, profile
+from headlab.curves import TENTHS
+from headlab.domains import correlate, stack_curves
+from headlab.results import Result
+from headlab.speed import shapes
+
+from .language import DOMAINS
+from .sequence import LONGEST, Size, accuracy, bleu, cut, examples, train, wrong
+
+TASKS = ("translator", "classifier")
+METRICS: dict[str, Metric] = {"translator": bleu, "classifier": accuracy}
+SPEED_BATCHES = (1, 4, 16, 64)
+FRACTIONS = TENTHS
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    for task in options.only.split(","):
+        if options.command in ("all", "train"):
+            models(task, options)
+        if options.command in ("all", "study"):
+            study(task, options)
+    if options.command in ("all", "report"):
+        from .sixteen_report import write_report  # plotly need not be where the study runs
+
+        print(write_report(options.out / "results", options.docs))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["all", "train", "study", "report"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--only", default=",".join(TASKS), help="tasks, separated by commas")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=3000, help="of training")
+    parser.add_argument("--examples", type=int, default=512, help="what is measured on; as many choose the heads")
+    parser.add_argument("--batch-size", type=int, default=256, help="of what is measured on")
+    parser.add_argument("--repeats", type=int, default=20, help="of timed passes")
+    for name, default in vars(Size()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="of the models")
+    return parser.parse_args(arguments)
+
+
+def models(task: str, options: argparse.Namespace) -> None:
+    """Train a model, unless its last checkpoint is there."""
+    folder = options.out / "models" / task
+    if not (folder / f"step-{options.steps:05d}" / "config.json").exists():
+        size = Size(**{name: getattr(options, name) for name in vars(Size())})
+        train(task, folder, options.steps, size, options.device)
+
+
+def study(task: str, options: argparse.Namespace) -> None:
+    """Everything that is measured on one model, into RUN/results."""
+    folder, out, n = options.out / "models" / task, options.out / "results", options.examples
+    model = hl.load(str(checkpoint_folders(folder)[-1]), device=options.device)
+    choosing, testing = (cut(examples(task, part, n), options.batch_size) for part in ("choose", "test"))
+    metric = METRICS[task]
+
+    def once(name: str, make: Callable[[], Any]) -> Any:
+        return kept(out / f"{task}-{name}.json", make)
+
+    def exact(name: str, data: list[Batch], keep_one: bool = False) -> hl.AblationScores:
+        log = options.out / "logs" / f"{task}-{name}.jsonl"
+        return once(name, lambda: hl.ablation(model, data, loss=wrong, keep_one=keep_one, log=log))
+
+    exact("one-off", testing)
+    exact("alone", testing, keep_one=True)
+    exact("alone-choose", choosing, keep_one=True)
+    orders = {
+        "taylor": once("taylor", lambda: hl.importance(model, choosing, normalize="layer")),
+        "ablation": exact("one-off-choose", choosing),
+        "random": hl.importance(model, method="random"),
+    }
+    for name, order in orders.items():
+        once(f"curve-{name}", lambda: hl.pruning_curve(model, order, testing, FRACTIONS, metric=metric))
+    if task == "translator" and not (out / f"{task}-curve-cross.json").exists():
+        for stack, curve in stack_curves(model, orders["taylor"], testing, FRACTIONS, metric=metric).items():
+            curve.save(out / f"{task}-curve-{stack}.json")
+    log = options.out / "logs" / f"{task}-profile.jsonl"
+    once("profile", lambda: profile(
+        folder, testing, scoring=choosing, fractions=FRACTIONS, metric=metric, normalize="layer", log=log,
+        device=options.device,
+    ))  # fmt: skip
+    of = {domain: cut(examples(task, "test", n, seed=1, domain=domain), options.batch_size) for domain in DOMAINS}
+    removal = [exact(f"one-off-{domain}", data) for domain, data in of.items()]
+    once("domains-ablation", lambda: correlate(*removal, names=DOMAINS))
+    importances = [hl.importance(model, data) for data in of.values()]
+    once("domains-importance", lambda: correlate(*importances, names=DOMAINS))
+    once("timing", lambda: halved(model, orders["taylor"], options.repeats))
+
+
+def kept(path: Path, make: Callable[[], Result]) -> Result:
+    """The result in a file, made now if there is none."""
+    if path.exists():
+        return Result.load(path)
+    print(f"{path.stem} ...", flush=True)
+    result = make()
+    result.save(path)
+    return result
+
+
+def halved(model: nn.Module, scores: hl.HeadScores, repeats: int) -> hl.Timing:
+    """A model and the same with the less important half of its heads really gone, at several batch sizes."""
+    small = hl.prune(model, scores.keep(0.5))
+    batches = shapes(model, [(batch, LONGEST) for batch in SPEED_BATCHES])
+    return hl.timing({"all heads": model, "half of the heads": small}, batches, repeats=repeats)
+
+
+if __name__ == "__main__":
+    main()

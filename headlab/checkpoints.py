@@ -1,0 +1,255 @@
+"""Head scores and pruning curves over the checkpoints of a training run: when do heads become redundant?
+
+Michel, Levy & Neubig 2019, section 6.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+from torch import nn
+from tqdm.auto import tqdm
+
+from .batches import Batches, Loss, Metric, describe_data, loss_name, prepare
+from .curves import TENTHS, Curve, pruning_curve
+from .errors import HeadlabError
+from .exact import AblationScores, ablation
+from .models import describe, load
+from .results import Result, RowLog
+from .scores import HeadScores
+from .taylor import Normalize, importance
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Checkpoint = str | Path | tuple[str, nn.Module]
+"""A folder that `hl.load` opens, or a name and a model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Profile(Result):
+    """Scores and a pruning curve of every checkpoint, in the order of training.
+
+    Attributes:
+        names: of the checkpoints.
+        scores: of all heads, one `HeadScores` per checkpoint.
+        curves: one `Curve` per checkpoint; all have the same steps.
+    """
+
+    kind = "profile"
+    names: list[str]
+    scores: list[HeadScores]
+    curves: list[Curve]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fractions(self) -> np.ndarray:
+        """The share of heads removed at every step of the curves, `[step]`."""
+        return self.curves[0].fractions
+
+    @property
+    def values(self) -> np.ndarray:
+        """Mean loss, or the metric, `[checkpoint, step]`."""
+        return np.stack([curve.values for curve in self.curves])
+
+    @property
+    def relative(self) -> np.ndarray:
+        """Against the same checkpoint with all heads, `[checkpoint, step]`: a metric's share of its own unpruned value (NaN
+        where that is not above zero), a loss's rise above it in nats."""
+        values = self.values
+        if self.record.get("metric") is None:
+            return values - values[:, :1]
+        whole = values[:, :1]
+        return np.where(whole > 0, values / np.where(whole > 0, whole, 1), np.nan)
+
+    def removable(self, within: float = 0.1) -> np.ndarray:
+        """The largest share of heads that each checkpoint can lose, `[checkpoint]`, at the steps measured.
+
+        Args:
+            within: what the loss of heads may cost up to there: a share of the checkpoint's own metric, or nats of loss.
+                NaN where the metric of the whole checkpoint is not above zero.
+        """
+        relative = self.relative
+        cost = relative if self.record.get("metric") is None else 1 - relative
+        good = np.logical_and.accumulate(~(cost > within + 1e-9), axis=1)  # [checkpoint, step]; step 0 costs nothing
+        return np.where(np.isnan(relative[:, 0]), np.nan, self.fractions[good.sum(1) - 1])
+
+    def to_frame(self) -> pd.DataFrame:
+        """A table with one line per checkpoint and step."""
+        import pandas as pd
+
+        relative = self.relative
+        return pd.DataFrame(
+            {
+                "checkpoint": name,
+                "step": step_of(name),
+                "fraction": curve.fractions[i],
+                "removed": len(curve.removed[i]),
+                "value": curve.values[i],
+                "relative": relative[number, i],
+            }
+            for number, (name, curve) in enumerate(zip(self.names, self.curves, strict=True))
+            for i in range(len(curve.values))
+        )
+
+    def top(self, k: int = 10) -> list[tuple[str, float]]:
+        """The k checkpoints that can lose most heads within a tenth (see `removable`): name and share."""
+        found = zip(self.names, np.nan_to_num(self.removable()).tolist(), strict=True)
+        return sorted(found, key=lambda item: -item[1])[:k]
+
+    def _body(self) -> dict[str, Any]:
+        parts = zip(self.names, self.scores, self.curves, strict=True)
+        return {"checkpoints": [_saved(name, scores, curve) for name, scores, curve in parts]}
+
+    @classmethod
+    def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> Self:
+        return cls(*_read(body["checkpoints"]), record)
+
+    def __repr__(self) -> str:
+        return f"Profile({len(self.names)} checkpoints, {self.names[0]} to {self.names[-1]}, {len(self.fractions)} steps)"
+
+
+def profile(
+    models: str | Path | Iterable[Checkpoint],
+    batches: Batches,
+    *,
+    method: Literal["taylor", "ablation"] = "taylor",
+    scoring: Batches | None = None,
+    fractions: Sequence[float] = TENTHS,
+    loss: Loss | None = None,
+    metric: Metric | None = None,
+    normalize: Normalize | None = None,
+    log: str | Path | None = None,
+    device: str | None = None,
+) -> Profile:
+    """Score all heads of every checkpoint, and prune it in the order of its own scores.
+
+    Args:
+        models: the folder of a training run, whose checkpoints are found and sorted (see `checkpoint_folders`); or
+            checkpoints in order: folders, or pairs of a name and a model. One model is held at a time, so pairs may come
+            from a generator that opens them.
+        batches: what the curves are measured on.
+        method: how heads are scored: `hl.importance` or the exact `hl.ablation`.
+        scoring: what they are scored on; by default the same batches.
+        fractions: shares of the heads to remove; the whole model (0) always comes first.
+        loss: `loss(model, batch)` -> `[batch]`, for the scores and, without a metric, the curves.
+        metric: `metric(model, batches)` -> float, for the curves.
+        normalize: of `taylor`, as for `hl.importance`.
+        log: a file that gets one row a checkpoint; a killed run goes on after the last.
+        device: where folders are opened.
+
+    Raises:
+        HeadlabError: there are no checkpoints; two have one name, or differ in their heads; a log of another computation;
+            and what `hl.importance`, `hl.ablation` and `hl.pruning_curve` raise.
+
+    >>> profile("runs/translator", test, metric=bleu, log="profile.jsonl").removable(0.1)  # doctest: +SKIP
+    array([0. , 0. , 0.1, 0.2, 0.4, 0.4])
+    """
+    if method not in ("taylor", "ablation"):
+        raise HeadlabError(f"method is 'taylor' or 'ablation', not {method!r}")
+    if method == "ablation" and normalize is not None:
+        raise HeadlabError("normalize is an option of method 'taylor'")
+    if isinstance(models, (str, Path)):
+        models = checkpoint_folders(models)
+    testing: Any = list(batches)  # they are gone through once a checkpoint
+    options = {
+        "method": "profile", "scores": method, "fractions": sorted({0.0, *map(float, fractions)}), "normalize": normalize,
+        "loss": loss_name(loss), "metric": None if metric is None else loss_name(metric),
+    }  # fmt: skip
+    scored_on: Any = testing if scoring is None else list(scoring)
+    record: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    total = len(models) if isinstance(models, Sequence) else None
+    bar = tqdm(total=total, desc="profile", unit="checkpoint", disable=None)
+    left = iter(models)
+    while (given := next(left, None)) is not None:
+        name, model = _opened(given, device)
+        del given
+        data, other = prepare(model, testing), prepare(model, scored_on)
+        of_data = {"data": describe_data(data), "scored on": describe_data(other)}
+        if not record:
+            record = options | of_data
+            rows_before = RowLog(log, record)
+            done = list(rows_before.rows)
+        if {key: record[key] for key in of_data} != of_data:
+            raise HeadlabError(f"the checkpoint {name} turns the texts into other tokens than the first one did")
+        if name in (row["name"] for row in rows):
+            raise HeadlabError(f"two checkpoints are called {name!r}: give pairs (name, model) to tell them apart")
+        if len(rows) < len(done):
+            row = done[len(rows)]
+            if (row["name"], row["fingerprint"]) != (name, describe(model)["fingerprint"]):
+                raise HeadlabError(
+                    f"{log} goes on with the checkpoint {row['name']} ({row['fingerprint']}), but checkpoint number "
+                    f"{len(rows)} is {name} ({describe(model)['fingerprint']}): choose another file, or remove it"
+                )
+        else:
+            scores: HeadScores
+            if method == "taylor":
+                scores = importance(model, other, loss=loss, normalize=normalize)
+            else:
+                scores = ablation(model, other, loss=loss)
+            if rows and [len(part) for part in scores.rows] != (before := [len(part) for part in rows[0]["scores"]["rows"]]):
+                raise HeadlabError(
+                    f"the checkpoint {name} has other heads than the first one, which has {before} in its layers"
+                )
+            curve = pruning_curve(model, scores, data, fractions, loss=None if metric else loss, metric=metric)
+            row = _saved(name, scores, curve)
+            rows_before.append(row)
+        rows.append(row)
+        bar.update()
+        del model  # before the next one is opened
+    bar.close()
+    if not rows:
+        raise HeadlabError("there are no checkpoints: expected folders, or pairs of a name and a model")
+    if len(rows) < len(done):
+        raise HeadlabError(f"{log} holds {len(done)} checkpoints, but {len(rows)} were given: choose another file")
+    return Profile(*_read(rows), record)
+
+
+def checkpoint_folders(folder: str | Path) -> list[Path]:
+    """The checkpoints in the folder of a training run, by the step in their names (`checkpoint-500`, `step-00500`).
+
+    Folders without a number come last (`final`), in alphabetical order.
+
+    Raises:
+        HeadlabError: there are none.
+    """
+    found = [path.parent for path in Path(folder).glob("*/config.json")]
+    if not found:
+        raise HeadlabError(f"no folder in {folder} holds a model (a config.json): expected checkpoints of a training run")
+    return sorted(found, key=lambda path: ((step := step_of(path.name)) is None, step or 0, path.name))
+
+
+def step_of(name: str) -> int | None:
+    """The last number in a checkpoint's name."""
+    numbers = re.findall(r"\d+", name)
+    return int(numbers[-1]) if numbers else None
+
+
+def _opened(given: Checkpoint, device: str | None) -> tuple[str, nn.Module]:
+    if isinstance(given, (str, Path)):
+        return Path(given).name, load(str(given), device=device)
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], nn.Module):
+        return str(given[0]), given[1]
+    raise HeadlabError(f"a checkpoint is a folder, or a pair of a name and a model, not a {type(given).__name__}")
+
+
+def _saved(name: str, scores: HeadScores, curve: Curve) -> dict[str, Any]:
+    parts = {what: {"record": result.record} | result._body() for what, result in (("scores", scores), ("curve", curve))}
+    return {"name": name, "fingerprint": scores.record["model"]["fingerprint"], "kind": scores.kind} | parts
+
+
+def _read(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[HeadScores], list[Curve]]:
+    names, scores, curves = [], [], []
+    for row in rows:
+        kind = AblationScores if row["kind"] == "ablation" else HeadScores
+        one, other = dict(row["scores"]), dict(row["curve"])
+        names.append(row["name"])
+        scores.append(kind._from_body(one, one.pop("record")))
+        curves.append(Curve._from_body(other, other.pop("record")))
+    return names, scores, curves
