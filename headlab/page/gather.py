@@ -1,0 +1,203 @@
+"""What lies in a folder of results, as plain data for the page.
+
+Files are known by what they hold, not by their names. What cannot be read, drawn or told apart is named with the reason:
+one bad file never costs the page.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..errors import HeadlabError
+from ..results import Result, read_json
+from .kinds import Column, Draw, Item, Panel, Part, Prompt, part_of, together
+
+_NAME = re.compile(r"(?:(\w+)\.)?L(\d+)H(\d+)")
+_STACKS = ("", "enc", "dec", "cross")
+_ELSEWHERE = {"evaluation": "synthetic_tasks.evaluation", "probes": "synthetic_tasks.benchmark"}  # kinds beside headlab's
+_TENSORS = {  # kinds that are safetensors files
+    "maps": ("headlab.dcmha.maps", "CompositionMaps"),
+    "pattern": ("headlab.prompts", "Pattern"),
+}
+_SILENT = ("fill",)  # read by commands, nothing to look at
+_EXPECTED = {  # what the page can show, and which command makes it
+    "ablation": ("what the removal of each head costs", "headlab ablate MODEL --text FILE --out FOLDER"),
+    "scores": ("importance scores", "headlab score MODEL --text FILE --out FOLDER"),
+    "roles": ("roles", "headlab roles MODEL --out FOLDER"),
+    "curve": ("pruning curves", "headlab curve MODEL --text FILE --out FOLDER"),
+    "circuits": ("circuits", "headlab circuits MODEL --out FOLDER"),
+    "composition": ("composition scores", "headlab circuits MODEL --out FOLDER"),
+    "similarity": ("similar heads", "headlab roles MODEL --out FOLDER"),
+    "pattern": ("attention patterns on prompts", "headlab roles MODEL --prompt TEXT --out FOLDER"),
+    "timing": ("sizes and speed", "headlab time MODEL --out FOLDER"),
+}
+_COMPOSED = ("maps", "composition maps", "headlab maps MODEL --prompt TEXT --out FOLDER")  # of models that have them
+
+
+@dataclass
+class Found:
+    """Everything that the page shows."""
+
+    folder: str
+    model: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)  # name and heads, each with its name and index
+    columns: list[Column] = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    figures: list[tuple[str, str, Draw]] = field(default_factory=list)  # title, source, and how to draw it
+    groups: dict[str, int] = field(default_factory=dict)
+    files: list[dict[str, Any]] = field(default_factory=list)  # name, kind, record, whether it is of another model
+    problems: list[dict[str, str]] = field(default_factory=list)  # file and reason
+    missing: list[dict[str, str]] = field(default_factory=list)  # what, and the command that makes it
+
+
+def gather(folder: str | Path) -> Found:
+    """Read a folder of results.
+
+    Raises:
+        HeadlabError: there is no such folder, or nothing in it that could be a result.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise HeadlabError(f"{folder} {what}: give the folder that headlab's commands wrote into (their --out)")
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors") and path.is_file())
+        logs = sorted(path for path in folder.glob("*.log.jsonl"))
+    except OSError as error:
+        raise HeadlabError(f"could not read {folder}: {error.strerror or error}") from error
+    if not paths and not logs:
+        raise HeadlabError(f"there are no results in {folder}: run headlab score MODEL --text FILE --out {folder} first")
+    items, problems = _read(paths)
+    main = _main_model(items)
+    found = Found(folder.resolve().name, main, problems=problems)
+    for log in logs:
+        name = log.name.removesuffix(".log.jsonl")
+        if not (folder / f"{name}.json").exists() and not name.startswith("probes-"):
+            found.problems.append(
+                {"file": log.name, "reason": "unfinished: run the same command again, it goes on from here"}
+            )
+    for item in sorted(items, key=_rank):
+        _add(found, item, other=_is_other(item, main))
+    mine = [item for item in items if not _is_other(item, main)]
+    found.figures = [*together(mine), *found.figures]
+    parts = {item.kind for item in mine}
+    composed = re.match("DC|Composed", str(main.get("class", "")))
+    expected = _EXPECTED | ({_COMPOSED[0]: _COMPOSED[1:]} if composed else {})
+    found.missing = [{"what": what, "command": command} for kind, (what, command) in expected.items() if kind not in parts]
+    return found
+
+
+def _read(paths: Iterable[Path]) -> tuple[list[Item], list[dict[str, str]]]:
+    items, problems = [], []
+    for path in paths:
+        try:
+            item = _open_tensors(path) if path.suffix == ".safetensors" else _open(path)
+            if not isinstance(item.record, dict):
+                raise HeadlabError("it is damaged: it does not say how it was made")
+        except HeadlabError as error:
+            problems.append({"file": path.name, "reason": str(error).replace(str(path), "it", 1)})
+        except Exception as error:  # whatever a damaged file makes of a reader, the rest is still worth a page
+            problems.append({"file": path.name, "reason": f"it is damaged ({type(error).__name__}: {error})"})
+        else:
+            items.append(item)
+    return items, problems
+
+
+def _open(path: Path) -> Item:
+    kind = str(read_json(path).get("kind"))
+    if kind in _ELSEWHERE:
+        import_module(_ELSEWHERE[kind])  # by which its class is known
+    result = Result.load(path)
+    return Item(path, result.kind, result, result.record)
+
+
+def _open_tensors(path: Path) -> Item:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as file:
+            meta = file.metadata() or {}
+    except SafetensorError as error:
+        raise HeadlabError(f"{path} is damaged: {error}") from None
+    kind = meta.get("kind", "")
+    if kind in _SILENT:
+        return Item(path, kind, None, {})
+    if kind not in _TENSORS:
+        raise HeadlabError(f"{path} is not a result that this version of headlab can read")
+    module, name = _TENSORS[kind]
+    result = getattr(import_module(module), name).load(path)
+    return Item(path, kind, result, result.record)
+
+
+def _model(item: Item) -> dict[str, Any]:
+    model = item.record.get("model")
+    return model if isinstance(model, dict) else {}
+
+
+def _rank(item: Item) -> int:
+    """What comes first on the page: the kinds in the order in which they are expected, then all others."""
+    kinds = list(_EXPECTED)
+    return kinds.index(item.kind) if item.kind in kinds else len(kinds)
+
+
+def _main_model(items: Iterable[Item]) -> dict[str, Any]:
+    """The model that most results are of; of equals the one whose file comes first."""
+    models = [model for item in items if (model := _model(item)).get("fingerprint")]
+    if not models:
+        return {}
+    [(most, _)] = Counter(str(model["fingerprint"]) for model in models).most_common(1)
+    return next(model for model in models if str(model["fingerprint"]) == most)
+
+
+def _is_other(item: Item, main: dict[str, Any]) -> bool:
+    return _model(item).get("fingerprint") not in (None, main.get("fingerprint"))
+
+
+def _add(found: Found, item: Item, other: bool) -> None:
+    """Add what a result has to say. Of another model that is its figures only: its heads are not these heads."""
+    found.files.append({"file": item.path.name, "kind": item.kind, "record": item.record, "other": other})
+    if item.kind in _SILENT:
+        return
+    try:
+        part = part_of(item)
+    except Exception as error:  # see `_read`
+        found.problems.append({"file": item.path.name, "reason": f"it could not be shown ({type(error).__name__}: {error})"})
+        return
+    found.figures += [(f"{title} (another model)" if other else title, item.path.name, draw) for title, draw in part.figures]
+    if other:
+        name = _model(item).get("name") or _model(item).get("class") or "without a name"
+        reason = f"of another model ({name}, {_model(item)['fingerprint']}): its figures are here, its heads are not"
+        found.problems.append({"file": item.path.name, "reason": reason})
+        return
+    found.columns += [column for column in part.columns if column.values]
+    found.panels += part.panels
+    found.prompts += part.prompts
+    found.groups.update(part.groups)
+    _place(found, part)
+
+
+def _place(found: Found, part: Part) -> None:
+    """Give the part's heads their places in the rows: a row per stack and layer, also where a layer has no heads left."""
+    names = {head["name"] for row in found.rows for head in row["heads"]}
+    names |= part.heads | {name for prompt in part.prompts for name in prompt.patterns}
+    at: dict[tuple[str, int], dict[int, str]] = {}
+    for name in names:
+        if match := _NAME.fullmatch(name):
+            at.setdefault((match[1] or "", int(match[2])), {})[int(match[3])] = name
+    stacks = sorted({stack for stack, _ in at}, key=lambda s: (_STACKS.index(s) if s in _STACKS else len(_STACKS), s))
+    found.rows = [
+        {
+            "name": f"{stack} {layer}".strip(),
+            "stack": stack,
+            "heads": [{"name": name, "index": index} for index, name in sorted(at.get((stack, layer), {}).items())],
+        }
+        for stack in stacks
+        for layer in range(max(number for name, number in at if name == stack) + 1)
+    ]

@@ -1,0 +1,421 @@
+"""What each kind of result adds to the page: numbers per head, lines in a head's panel, figures, prompts.
+
+A new kind needs one function here and its line in `KINDS`. A result without one still adds its table, if that has a line
+per head.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import plots
+
+PARTNERS = 5  # shown per head and direction
+_LONGEST = 90  # characters of a prompt in the list of prompts
+_DIRECTIONS, _TOKENS = 5, 6  # shown of a circuit: singular directions, and tokens at each end of one
+_UNLIKE = 1.0  # above any Jensen-Shannon divergence (log 2)
+_MATRIX = 400  # heads whose pairs fit in a figure that a browser draws at once
+_SINGULAR = re.compile(r": (qk|ov) s\d+$")
+_PLACES = ("head", "stack", "layer", "index", "group")  # columns of a table that say which head it is
+Draw = Callable[[], Any]  # gives a plotly figure
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file that was read."""
+
+    path: Path
+    kind: str
+    result: Any
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number or a word per head, by the head's name; heads that are not in `values` have none."""
+
+    label: str
+    source: str
+    values: Mapping[str, float | str]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a head's panel: a text, and perhaps the head that a click leads to and a number."""
+
+    text: str
+    head: str | None = None
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A block of lines for every head. Panels with the same title stand together."""
+
+    title: str
+    label: str
+    source: str
+    lines: Mapping[str, list[Line]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """All heads' attention patterns on one prompt: by head, weights [query, key], and which tokens these are."""
+
+    name: str
+    source: str
+    tokens: Mapping[str, list[str]]  # by stack
+    sides: Mapping[str, tuple[str, str]]  # by head, the stacks of its queries and keys
+    patterns: Mapping[str, np.ndarray]
+
+
+@dataclass
+class Part:
+    """What one result adds."""
+
+    columns: list[Column] = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
+    figures: list[tuple[str, Draw]] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    groups: dict[str, int] = field(default_factory=dict)  # head -> the key-value head that it reads
+    heads: set[str] = field(default_factory=set)  # that the result speaks of
+
+
+def part_of(item: Item) -> Part:
+    """What a result adds, by its kind."""
+    return KINDS.get(item.kind, _table)(item)
+
+
+def _figure(name: str, *given: Any) -> Any:
+    """The figure that a function of `plots` draws. Which one is looked up when it is drawn: if it fails, only it is lost."""
+    return getattr(plots, name)(*given)
+
+
+def _table(item: Item) -> Part:
+    """Every column of a table that has one line per head."""
+    part = Part()
+    frame = item.result.to_frame() if hasattr(item.result, "to_frame") else None
+    if frame is None or "head" not in frame or not frame["head"].is_unique:
+        return part
+    heads = [str(head) for head in frame["head"]]
+    part.heads.update(heads)
+    if "group" in frame:
+        part.groups.update(zip(heads, map(int, frame["group"]), strict=True))
+    for name in frame.columns:
+        if name in _PLACES or str(name).endswith("_se"):
+            continue
+        found = {head: kept for head, value in zip(heads, frame[name], strict=True) if (kept := _plain(value)) is not None}
+        label = f"{item.name}: {str(name).replace('_', ' ')}"
+        if any(isinstance(value, list) for value in found.values()):
+            lines = {head: [Line(text) for text in value] for head, value in found.items() if isinstance(value, list)}
+            part.panels.append(Panel(item.kind.capitalize(), str(name).replace("_", " "), item.path.name, lines))
+        elif found:
+            part.columns.append(Column(label, item.path.name, found))
+    return part
+
+
+def _plain(value: Any) -> Any:
+    """A value of a table as the page has it: a number, a word, or a list of words; None if there is none."""
+    if isinstance(value, (bool, np.bool_)):
+        return float(value)
+    if isinstance(value, (int, float, np.integer, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [str(one) for one in value] or None
+    return None if value is None or value is np.nan or value == "" else str(value)
+
+
+def _scores(item: Item) -> Part:
+    result = item.result
+    part = _named_table(item, {"score": item.name})
+    part.figures.append((item.name, partial(_figure, "heads", result, f"Heads: {item.name}")))
+    return part
+
+
+def _named_table(item: Item, labels: Mapping[str, str]) -> Part:
+    """A table, some of whose columns have a better label."""
+    part = _table(item)
+    better = {f"{item.name}: {name}": label for name, label in labels.items()}
+    part.columns = [Column(better.get(c.label, c.label), c.source, c.values) for c in part.columns]
+    return part
+
+
+def _ablation(item: Item) -> Part:
+    part = _scores(item)
+    columns, labels = item.result.columns, item.result.labels
+    part.columns = [c for c in part.columns if c.label.removeprefix(f"{item.name}: ") not in ("change", "se", "significant")]
+    alone = item.record.get("keep_one")
+    what = "loss with this head alone in its layer" if alone else "loss without this head"
+    lines: dict[str, list[Line]] = {}
+    for row, heads in enumerate(labels):
+        for place, head in enumerate(heads):
+            change, se, p = (
+                float(columns[name][row][place]) if name in columns else math.nan for name in ("change", "se", "p")
+            )
+            if math.isnan(change):
+                continue
+            told = f"{what}: {change:+.4g}" + (f" ± {se:.2g} (standard error)" if se == se else "")
+            told += f", p = {p:.2g}" if p == p else ""
+            lines[str(head)] = [Line(f"{told}, over {_counted(item.record)}")]
+    part.panels.append(Panel("What removal costs", item.name, item.path.name, lines))
+    return part
+
+
+def _counted(record: Mapping[str, Any]) -> str:
+    data = record.get("data") or {}
+    return f"{data.get('examples', '?')} examples ({data.get('tokens', '?')} tokens)"
+
+
+def _mask(item: Item) -> Part:
+    result = item.result
+    part = _named_table(item, {"kept": f"{item.name} (1 kept, 0 removed)"})
+    part.figures.append((item.name, partial(_figure, "heads", result, f"Heads kept: {item.name}")))
+    return part
+
+
+def _curve(item: Item) -> Part:
+    """When each head goes; the figure shows all curves of the folder (see `together`)."""
+    curve = item.result
+    share, lines = {}, {}
+    for step, names in enumerate(curve.removed):
+        for name in names:
+            if name not in share:
+                share[name] = float(curve.fractions[step])
+                text = f"goes at {100 * share[name]:.0f} % of heads removed; change up to there {curve.rises[step]:+.4g}"
+                lines[name] = [Line(text)]
+    part = Part(heads=set(share))
+    part.columns.append(Column(f"{item.name}: share removed when it goes", item.path.name, share))
+    part.panels.append(Panel("What removal costs", item.name, item.path.name, lines))
+    return part
+
+
+def _circuits(item: Item) -> Part:
+    """Numbers as columns, singular values and reservations as lines."""
+    part = _table(item)
+    part.columns = [c for c in part.columns if not _SINGULAR.search(c.label) and not c.label.endswith((": exact", ": why"))]
+    heads = [str(head) for row in item.result.heads for head in row]
+    lines: dict[str, list[Line]] = {}
+    for head, line in zip(heads, item.result.lines, strict=True):
+        found = [(name, line.get(f"{name}_singular")) for name in ("qk", "ov")]
+        told = [
+            f"{name.upper()} singular values: {', '.join(f'{x:.3g}' for x in values)}" for name, values in found if values
+        ]
+        told += [f"Not all there is to it: {line['why']}"] if line.get("why") else []
+        lines[head] = [Line(text) for text in told]
+    part.panels.append(Panel("Circuits", item.name, item.path.name, {head: found for head, found in lines.items() if found}))
+    table = item.result
+    part.figures += [(f"{item.name}: {circuit}", partial(_figure, "spectra", table, circuit)) for circuit in ("ov", "qk")]
+    if any(name.startswith("content_") for name in table.columns):
+        part.figures.append((f"{item.name}: content by distance", partial(_figure, "content", table)))
+    return part
+
+
+def _directions(item: Item) -> Part:
+    """The singular directions of one head's circuit as tokens, the largest first."""
+    result, head = item.result, str(item.result.head)
+    into, out = {"qk": ("queries", "keys"), "ov": ("reads", "writes")}[result.circuit]
+    words: dict[Any, list[str]] = defaultdict(list)
+    sizes: dict[Any, float] = {}
+    for line in sorted(result.lines, key=lambda line: line["rank"]):
+        sizes[line["direction"]] = line["singular_value"]
+        if len(of := words[line["direction"], line["side"], line["end"]]) < _TOKENS:
+            of.append(repr(line["token"])[1:-1].replace(" ", "\u00b7"))
+    lines = []
+    for direction, size in list(sizes.items())[:_DIRECTIONS]:
+        for end in ("+", "-"):
+            told = [f"{name} {' '.join(words[direction, side, end])}" for name, side in ((into, "in"), (out, "out"))]
+            lines.append(Line(f"{end} {told[0]} \u2192 {told[1]}", value=size))
+    label = f"{result.circuit.upper()}: top singular directions, from + and - end"
+    return Part(panels=[Panel("Circuits", label, item.path.name, {head: lines})], heads={head})
+
+
+def _roles(item: Item) -> Part:
+    """The main role as a word, and every role that a head plays, with its number and what is enough for it."""
+    part = _drawn(item)
+    main: dict[str, float | str] = {}
+    lines: dict[str, list[Line]] = {}
+    for row in item.result.to_frame().to_dict("records"):
+        playing = [role for role in str(row["roles"]).split(", ") if role]
+        main[str(row["head"])] = playing[0] if playing else "no known role"
+        told = [Line(f"{role} (from {item.result.thresholds[role]:g} on)", value=_plain(row[role])) for role in playing]
+        lines |= {str(row["head"]): told} if told else {}
+    numbers = [c for c in part.columns if not c.label.endswith((": role", ": roles"))]
+    part.columns = [Column(f"{item.name}: role", item.path.name, main), *numbers]
+    part.panels.append(Panel("Role", item.name, item.path.name, lines))
+    return part
+
+
+def _similarity(item: Item) -> Part:
+    """Clusters, and the heads that attend most alike."""
+    result, names = item.result, [str(head) for head in item.result.heads]
+    part = Part(heads=set(names))
+    clusters = {name: f"cluster {cluster}" for name, cluster in zip(names, result.clusters, strict=True)}
+    part.columns.append(Column(f"{item.name}: cluster of heads that attend alike", item.path.name, clusters))
+    near = _partners(_UNLIKE - np.nan_to_num(result.distances, nan=np.inf) - _UNLIKE * np.eye(len(names)) * 2, names, names)
+    lines = {name: [Line(x.text, x.head, _UNLIKE - (x.value or 0)) for x in found] for name, found in near.items()}
+    part.panels.append(Panel("Partners", "Attends most like (Jensen-Shannon divergence, nats)", item.path.name, lines))
+    part.figures += [
+        (item.name, partial(_figure, "similarity", result)),
+        (f"{item.name}: pairs", partial(_figure, "similarity_matrix", result)),
+    ]
+    return part
+
+
+def _composition(item: Item) -> Part:
+    """The strongest partners in and out, of scores with NaN where there is no such pair."""
+    result = item.result
+    sources, readers = ([str(end) for end in ends] for ends in (result.sources, result.readers))
+    values = np.nan_to_num(np.asarray(result.values.tolist(), dtype=float).reshape(len(sources), len(readers)), nan=-1.0)
+    heads = {str(end) for end in (*result.sources, *result.readers) if hasattr(end, "index")}
+    part = Part(heads=heads)
+    what = f"{result.what}-composition (by chance {result.baseline:.2g})"
+    for told, table, names, others in (("feeds", values, sources, readers), ("is fed by", values.T, readers, sources)):
+        lines = {name: found for name, found in _partners(table, names, others).items() if name in heads}
+        part.panels.append(Panel("Partners", f"{what}: {told}", item.path.name, lines))
+        best = {name: found[0].value for name, found in lines.items() if found[0].value is not None}
+        part.columns.append(Column(f"{item.name}: strongest that it {told}", item.path.name, best))
+    part.figures.append((f"{item.name}: graph", partial(_figure, "composition_graph", result)))
+    if len(sources) <= _MATRIX:
+        part.figures.append((f"{item.name}: all pairs", partial(_figure, "composition_matrix", result)))
+    return part
+
+
+def _partners(values: np.ndarray, names: list[str], others: list[str]) -> dict[str, list[Line]]:
+    """For every name the others with the highest values; below zero there is none."""
+    found = {}
+    for name, row in zip(names, values, strict=True):
+        best = np.argsort(-row, kind="stable")[:PARTNERS]
+        if lines := [Line(others[i], others[i], float(row[i])) for i in best if row[i] >= 0]:
+            found[name] = lines
+    return found
+
+
+def _maps(item: Item) -> Part:
+    """The composed heads' links within a layer, by mean effective weight; a figure per layer."""
+    result = item.result
+    to: dict[str, list[Line]] = defaultdict(list)
+    of: dict[str, list[Line]] = defaultdict(list)
+    for link in result.top(10**6):
+        source, target = f"L{link.layer}H{link.source}", f"L{link.layer}H{link.target}"
+        for lines, name, other in ((to, source, target), (of, target, source)):
+            if len(lines[name]) < PARTNERS:
+                lines[name].append(Line(other, other, link.weight))
+    part = Part(heads={*to, *of})
+    for label, lines in (("its scores reach the output of", to), ("its output gets the scores of", of)):
+        part.panels.append(Panel("Partners", f"Composition maps: {label}", item.path.name, lines))
+    part.figures.append((item.name, partial(_figure, "maps", result)))
+    part.figures += [(f"{item.name}, layer {layer}", partial(_figure, "maps", result, layer)) for layer in result.layers]
+    return part
+
+
+def _pattern(item: Item) -> Part:
+    """A prompt; where heads are composed, also as another prompt what they attend to before that."""
+    result = item.result
+    tokens = {stack: list(words) for stack, words in result.tokens.items()}
+    sides = {
+        str(head): ("dec", "enc") if head.stack == "cross" else (head.stack, head.stack)
+        for head in (*result.values, *result.raw)
+    }
+    words = tokens.get("enc") or next(iter(tokens.values()), [])
+    text = ("" if any(not word.isdigit() for word in words) else " ").join(words)  # numbers, without a tokenizer
+    name = " ".join(text.split())
+    name = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+    part = Part(groups={str(head): head.group for head in result.heads})
+    for held, more in ((result.values, ""), (result.raw, " (before heads are composed)")):
+        if held:
+            patterns = {str(head): weights.float().numpy() for head, weights in held.items()}
+            part.prompts.append(Prompt(name + more, item.path.name, tokens, sides, patterns))
+    return part
+
+
+def _timing(item: Item) -> Part:
+    return Part(figures=[(item.name, partial(_figure, "timing", item.result))])
+
+
+def _evaluation(item: Item) -> Part:
+    rows = item.result.rows
+    factors = [*dict.fromkeys(factor for row in rows for factor in row["factors"]), "difficulty"]
+    figures: list[tuple[str, Draw]] = [
+        (item.name, partial(_figure, "tasks", item.result, factors, ["all", "first", "choice"], f"Accuracy: {item.name}")),
+        (
+            f"{item.name}, by task",
+            partial(_figure, "tasks", item.result, "task", ["all", "choice"], f"Accuracy: {item.name}"),
+        ),
+    ]
+    return Part(figures=figures)
+
+
+def _probes(item: Item) -> Part:
+    studies = list(dict.fromkeys(row["study"] for row in item.result.rows))
+    figures: list[tuple[str, Draw]] = []
+    for study in studies:
+        of = item.result.of(study)
+        draw = partial(_figure, "probes", of, study) if study in plots.PROBES else partial(_figure, "probe_kinds", of)
+        figures.append((f"{item.name}: {study}", draw))
+    return Part(figures=figures)
+
+
+def _drawn(item: Item) -> Part:
+    """The table, if it is one of heads, and the figure that has the name of the kind."""
+    part = _table(item)
+    part.figures.append((item.name, partial(_figure, item.kind, item.result)))
+    return part
+
+
+def together(items: Iterable[Item]) -> list[tuple[str, str, Draw]]:
+    """Figures of several results of one model: title, sources, and how to draw it."""
+    of: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        of[item.kind].append(item)
+    found: list[tuple[str, str, Draw]] = []
+    if curves := of["curve"]:
+        by_metric: dict[str, dict[str, Item]] = defaultdict(dict)
+        for item in curves:
+            by_metric[str(item.record.get("metric") or "loss")][item.name.removeprefix("curve-")] = item
+        for metric, named in by_metric.items():
+            results = {name: item.result for name, item in named.items()}
+            title = f"Pruning curves ({metric})"
+            found.append(
+                (title, ", ".join(item.path.name for item in named.values()), partial(_figure, "curves", results, title))
+            )
+    exact = [item for item in of["ablation"] if not item.record.get("keep_one")]
+    for one in of["scores"]:
+        for other in exact:
+            same = one.result.labels == other.result.labels and one.record.get("site") == other.record.get("site")
+            if same:
+                draw = partial(_figure, "against", one.result, other.result)
+                found.append((f"{one.name} against {other.name}", f"{one.path.name}, {other.path.name}", draw))
+    return found
+
+
+KINDS: dict[str, Callable[[Item], Part]] = {
+    "scores": _scores,
+    "ablation": _ablation,
+    "mask": _mask,
+    "curve": _curve,
+    "timing": _timing,
+    "maps": _maps,
+    "pattern": _pattern,
+    "circuits": _circuits,
+    "directions": _directions,
+    "roles": _roles,
+    "similarity": _similarity,
+    "evaluation": _evaluation,
+    "probes": _probes,
+    "composition": _composition,
+    "correlation": _drawn,
+    "profile": _drawn,
+}
