@@ -12,43 +12,65 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import plots
     from .batches import own_loss
+    from .behaviour import patterns, roles
+    from .checkpoints import profile
+    from .circuit_tables import circuit_table
+    from .circuits import composed_circuit, ov, qk
+    from .composing import composition_scores, map_composition
     from .curves import Curve, pruning_curve
     from .dcmha.maps import CompositionMaps, composition_maps
+    from .domains import correlate, only
     from .errors import HeadlabError
     from .exact import AblationScores, ablation
     from .families import Family, register
     from .gates import Fill, capture, fill, masked
+    from .likeness import similarity
     from .models import bridge, heads, load
+    from .page.build import report
+    from .prompts import attention_patterns
     from .results import Result
     from .scores import Head, HeadMask, HeadScores
     from .speed import Timing, timing
     from .surgery import kept, prune, save_pruned
     from .taylor import importance
     from .texts import read_batches, text_batches
+    from .vocabulary import directions, score_parts, top_pairs
 
 _HOME = {  # no module may have the name of something public: importing it would hide the other
     "batches": ("own_loss",),
+    "behaviour": ("patterns", "roles"),
+    "checkpoints": ("profile",),
+    "circuit_tables": ("circuit_table",),
+    "circuits": ("composed_circuit", "ov", "qk"),
+    "composing": ("composition_scores", "map_composition"),
     "curves": ("Curve", "pruning_curve"),
     "dcmha.maps": ("CompositionMaps", "composition_maps"),
+    "domains": ("correlate", "only"),
     "errors": ("HeadlabError",),
     "exact": ("AblationScores", "ablation"),
     "families": ("Family", "register"),
     "gates": ("Fill", "capture", "fill", "masked"),
+    "likeness": ("similarity",),
     "models": ("bridge", "heads", "load"),
+    "page.build": ("report",),
+    "prompts": ("attention_patterns",),
     "results": ("Result",),
     "scores": ("Head", "HeadMask", "HeadScores"),
     "speed": ("Timing", "timing"),
     "surgery": ("kept", "prune", "save_pruned"),
     "taylor": ("importance",),
     "texts": ("read_batches", "text_batches"),
+    "vocabulary": ("directions", "score_parts", "top_pairs"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "AblationScores", "CompositionMaps", "Curve", "Family", "Fill", "Head", "HeadMask", "HeadScores", "HeadlabError",
-    "Result", "Timing", "ablation", "bridge", "capture", "composition_maps", "fill", "heads", "importance", "kept",
-    "load", "masked", "own_loss", "plots", "prune", "pruning_curve", "read_batches", "register", "save_pruned",
-    "text_batches", "timing",
+    "Result", "Timing", "ablation", "attention_patterns", "bridge", "capture", "circuit_table", "composed_circuit",
+    "composition_maps", "composition_scores", "correlate", "directions", "fill", "heads", "importance", "kept",
+    "load", "map_composition", "masked", "only", "ov", "own_loss", "patterns", "plots", "profile", "prune",
+    "pruning_curve", "qk", "read_batches", "register", "report", "roles", "save_pruned", "score_parts", "similarity",
+    "text_batches", "timing", "top_pairs",
 ]  # fmt: skip
 
 

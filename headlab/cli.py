@@ -14,6 +14,7 @@ from synthetic_tasks.commands import tasks
 
 from . import folder
 from .errors import HeadlabError
+from .inspection import inspection
 from .options import (
     BatchSize,
     Device,
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
     from .scores import HeadScores
 
 app = typer.Typer(
-    help="Attention heads of transformers: score them, remove them one by one, see how they are composed, prune the model, "
-    "time it.",
+    help="Attention heads of transformers: see what they do, score them, remove them one by one, prune the model, time it.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(inspection)
 app.add_typer(tasks, name="tasks")
 
 
@@ -282,40 +283,6 @@ def time(
     plots.save_html(plots.timing(result), out / "timing.html")
     typer.echo(result.to_frame().to_string(index=False, float_format="{:.4g}".format))
     typer.echo(f"medians of {repeats} passes on {result.record['device']}; written to {out / 'timing.json'}")
-
-
-@app.command()
-def maps(
-    model: Model,
-    prompt: Annotated[
-        list[str],
-        typer.Option("--prompt", "-p", help="A text (token numbers without a tokenizer); several may be given."),
-    ],
-    out: Out = Path("results"),
-    layer: Annotated[
-        list[int] | None, typer.Option("--layer", "-l", help="Also draw this layer's mean maps; may be given several times.")
-    ] = None,
-    dtype: Precision = Dtype.auto,
-    device: Device = "cpu",
-) -> None:
-    """Read the composition maps of a model with composed heads (DCMHA) on prompts."""
-    from . import plots
-    from .dcmha.maps import composition_maps
-    from .results import write
-
-    loaded = folder.open_model(model, dtype, device)
-    found = composition_maps(loaded, folder.prompts(loaded, prompt))
-    drawn = {number: plots.maps(found, number) for number in layer or []}  # an unknown layer is an error before any file is
-    found = folder.store(found, out / "maps.safetensors")
-    folder.write_csv(found, out / "maps.csv")
-    write(out / "maps-mean.csv", lambda file: found.weights().to_csv(file, index=False))
-    plots.save_html(plots.maps(found), out / "maps.html")
-    for number, figure in drawn.items():
-        plots.save_html(figure, out / f"maps-layer{number}.html")
-    columns = ["layer", "stage", "heads_from", "heads_to", "distance", "explained_by_query"]
-    typer.echo(found.to_frame()[columns].to_string(index=False, float_format="{:.3g}".format))
-    typer.echo("strongest links (scores of one head, output of another): " + ", ".join(map(str, found.top(5))))
-    typer.echo(f"{found.record['data']['tokens']} tokens; written to {out / 'maps.safetensors'}")
 
 
 def _show_top(scores: HeadScores, path: Path) -> None:

@@ -9,6 +9,8 @@ from .errors import HeadlabError
 from .options import Dtype, FillKind, Order
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from .batches import Batch
@@ -72,6 +74,11 @@ def prompts(model: nn.Module, prompts: list[str]) -> Any:
         raise HeadlabError("no tokenizer lies beside the model: give the prompt as token numbers, as in '5 7 11'") from None
     import torch
 
+    from .models import inner
+
+    known = inner(model).config.get_text_config().vocab_size
+    if unknown := [token for tokens in numbers for token in tokens if not 0 <= token < known]:
+        raise HeadlabError(f"the prompt has the token {unknown[0]}, but the model has {known}, from 0 to {known - 1}")
     return [{"input_ids": torch.tensor([tokens])} for tokens in numbers]
 
 
@@ -123,6 +130,26 @@ def store(result: Any, path: Path) -> Any:
         return found
     result.save(path)
     return result
+
+
+def once(kind: type[Any], path: Path, model: nn.Module, make: Callable[[], Any], **options: Any) -> Any:
+    """The result at `path`, made now if it is not there yet: a command that is run again goes on after what it has.
+
+    Raises:
+        HeadlabError: what is there is of another model, or was made with other options (those of its record).
+    """
+    from .models import fingerprint
+
+    if not path.exists():
+        result = make()
+        result.save(path)
+        return result
+    found = kind.load(path)
+    told = {"model": found.record.get("model", {}).get("fingerprint")} | {name: found.record.get(name) for name in options}
+    asked = _as_saved({"model": fingerprint(model)} | options)
+    if differ := [name for name in asked if asked[name] != told[name]]:
+        raise HeadlabError(f"{path} holds another result (it differs in: {', '.join(differ)}): choose another --out")
+    return found
 
 
 def _as_saved(record: dict[str, Any]) -> Any:

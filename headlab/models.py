@@ -234,16 +234,16 @@ def probe_batch(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def tokenizer(model: nn.Module) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside a model's weights, if there is one."""
-    if is_bridge(model) and model.tokenizer is not None:
-        return cast("PreTrainedTokenizerBase", model.tokenizer)
+    """The tokenizer that lies beside a model's weights, if there is one; else that of a bridge, which may be made to put
+    the first token in front."""
+    own = cast("PreTrainedTokenizerBase | None", model.tokenizer if is_bridge(model) else None)
     name = inner(model).config._name_or_path
     if not name:
-        return None
+        return own
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError):
-        return None
+        return own
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -45,6 +45,11 @@ class Gqa(StrEnum):
     strict = "strict"
 
 
+class Norm(StrEnum):
+    fold = "fold"
+    raw = "raw"
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"

@@ -21,13 +21,21 @@ from .errors import HeadlabError
 
 FORMAT = 1
 _kinds: dict[str, type[Result]] = {}
-_HOMES = {
-    "scores": "scores",
-    "mask": "scores",
+_HOMES = {  # to load them
     "ablation": "exact",
+    "circuits": "circuit_tables",
+    "composition": "composing",
+    "correlation": "domains",
     "curve": "curves",
+    "directions": "vocabulary",
+    "mask": "scores",
+    "patterns": "behaviour",
+    "profile": "checkpoints",
+    "roles": "behaviour",
+    "scores": "scores",
+    "similarity": "likeness",
     "timing": "speed",
-}  # to load them
+}
 _UNWRITTEN = (OSError, SafetensorError)  # what a full disk raises; safetensors has its own error for it
 
 
@@ -51,7 +59,7 @@ class Result:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a result of this kind (or, from `Result` itself, of any kind)."""
-        data = _read_json(Path(path))
+        data = read_json(Path(path))
         kind = str(data.pop("kind", None))
         if kind in _HOMES:
             import_module(f".{_HOMES[kind]}", __package__)
@@ -73,7 +81,7 @@ class Result:
         raise NotImplementedError
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

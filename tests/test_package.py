@@ -19,14 +19,23 @@ FOLDER = Path(hl.__file__).parent
 TASKS = Path(st.__file__).parent
 FILES = sorted(path for folder in (FOLDER, TASKS) for path in folder.rglob("*.py") if path.name != "__init__.py")
 INSIDE = {path.name for path in FOLDER.iterdir() if (path / "__init__.py").is_file()}
+DRAWING = ("cli", "inspection", "page.kinds", "tasks.commands", "tasks.demo")
+COMMANDS = ("cli", "folder", "inspection", "tasks.commands")
 HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "pandas", "scipy", "sklearn"}
 LAYERS = [
     {"errors"}, {"results"}, {"scores"}, {"families"}, {"variants"}, {"dcmha.places"}, {"dcmha.compose"},
     {"dcmha.attention", "dcmha.cache"}, {"dcmha.configuration"}, {"dcmha.checkpoint"}, {"dcmha.modeling"},
     {"dcmha.attach"}, {"dcmha"}, {"pruned"}, {"dcmha.hooked"}, {"dcmha.bridge"}, {"models"}, {"batches"}, {"texts"},
-    {"sites"}, {"gates"}, {"dcmha.factors"}, {"dcmha.maps"}, {"taylor", "exact"}, {"curves"}, {"surgery", "speed"},
-    {"plots.common"}, {"plots.pruning", "plots.composition", "plots.answers", "plots.crossing"}, {"plots"}, {"options"},
-    {"folder"}, {"tasks.contexts", "tasks.words", "tasks.symbolic", "tasks.single", "tasks.replay"}, {"tasks.sentences"},
+    {"sites"}, {"looking", "weights"}, {"gates"}, {"dcmha.factors"}, {"dcmha.maps"}, {"norms", "rotary"}, {"circuits"},
+    {"vocabulary"}, {"circuit_tables", "composing"}, {"prompts", "measures"}, {"repeated"}, {"watching"},
+    {"behaviour", "likeness"}, {"taylor", "exact"}, {"curves"}, {"surgery", "speed"}, {"domains", "checkpoints"},
+    {"plots.common"},
+    {
+        "plots.pruning", "plots.composition", "plots.answers", "plots.crossing", "plots.behaviour", "plots.circuits",
+        "plots.composing", "plots.patterns", "plots.studies",
+    },
+    {"plots"}, {"page.kinds"}, {"page.gather"}, {"page.build"}, {"page"}, {"options"}, {"folder"}, {"inspection"},
+    {"tasks.contexts", "tasks.words", "tasks.symbolic", "tasks.single", "tasks.replay"}, {"tasks.sentences"},
     {"tasks.drawing"}, {"tasks.language"}, {"tasks.published", "tasks.encoding"}, {"tasks.evaluation", "tasks.attending"},
     {"tasks.probes"}, {"tasks.training", "tasks.truth"}, {"tasks.studies"}, {"tasks.benchmark"}, {"tasks.demo"},
     {"tasks.commands"}, {"cli"},
@@ -160,7 +169,7 @@ def test_who_may_import_what(path: Path) -> None:
     if path.parent != FOLDER / "plots":
         assert "plotly" not in packages
         drawing = {name for name in own(path) if name.split(".")[0] == "plots"}
-        assert drawing <= ({"plots"} if name_of(path) in ("cli", "tasks.commands", "tasks.demo") else set())
+        assert drawing <= ({"plots"} if name_of(path) in DRAWING else set())
     if name_of(path) not in ("models", "dcmha.bridge", "dcmha.hooked"):
         assert not any(name.startswith("transformer_lens.model_bridge") for name, _ in imports(path))
 
@@ -183,7 +192,7 @@ def test_what_is_imported_late(path: Path) -> None:
     late = {module for name, now in imports(path) if not now and (module := within(name))}
     if path.stem == "models":
         assert late == {"pruned", "dcmha", "dcmha.attach", "dcmha.bridge"}
-    elif name_of(path) not in ("cli", "folder", "plots.composition", "tasks.commands"):
+    elif name_of(path) not in COMMANDS and path.parent.name != "plots":  # figures know results by their types
         assert late == set()
 
 

@@ -2,11 +2,18 @@
 renderer or template, and needs no network."""
 
 from .answers import tasks
+from .behaviour import roles, similarity, similarity_matrix
+from .circuits import content, spectra, tokens_of
 from .common import save_html
+from .composing import composition_graph, composition_matrix
 from .composition import maps
 from .crossing import PROBES, feature_map, probe_kinds, probes
+from .patterns import pattern
 from .pruning import against, curves, heads, timing
+from .studies import correlation, profile
 
 __all__ = [
-    "PROBES", "against", "curves", "feature_map", "heads", "maps", "probe_kinds", "probes", "save_html", "tasks", "timing",
+    "PROBES", "against", "composition_graph", "composition_matrix", "content", "correlation", "curves", "feature_map",
+    "heads", "maps", "pattern", "probe_kinds", "probes", "profile", "roles", "save_html", "similarity", "similarity_matrix",
+    "spectra", "tasks", "timing", "tokens_of",
 ]  # fmt: skip
