@@ -158,7 +158,7 @@ def test_links_of_the_prose_lead_somewhere(name: str) -> None:
             assert (FOLDER / target).exists(), target
 
 
-@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.parametrize("name", [*NAMES[:3], pytest.param(NAMES[3], marks=pytest.mark.slow)])
 def test_runs_from_start_to_end(name: str, tmp_path: Path) -> None:
     check_run(executed(name, tmp_path), name)
     assert not list(tmp_path.iterdir())  # what a notebook writes goes to a temporary folder of its own
