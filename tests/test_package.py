@@ -34,7 +34,7 @@ LAYERS = [
         "plots.pruning", "plots.composition", "plots.answers", "plots.crossing", "plots.behaviour", "plots.circuits",
         "plots.composing", "plots.patterns", "plots.studies",
     },
-    {"plots"}, {"page.kinds"}, {"page.gather"}, {"page.build"}, {"page"}, {"options"}, {"folder"}, {"inspection"},
+    {"plots"}, {"page.parts"}, {"page.kinds"}, {"page.gather"}, {"page.build"}, {"page"}, {"options"}, {"folder"}, {"inspection"},
     {"tasks.contexts", "tasks.words", "tasks.symbolic", "tasks.single", "tasks.replay"}, {"tasks.sentences"},
     {"tasks.drawing"}, {"tasks.language"}, {"tasks.published", "tasks.encoding"}, {"tasks.evaluation", "tasks.attending"},
     {"tasks.probes"}, {"tasks.training", "tasks.truth"}, {"tasks.studies"}, {"tasks.benchmark"}, {"tasks.demo"},

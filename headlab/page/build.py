@@ -23,7 +23,7 @@ from .. import __version__
 from ..errors import HeadlabError
 from ..results import write
 from .gather import Found, gather
-from .kinds import Prompt
+from .parts import Prompt
 
 _LEVELS = 255
 _FACTS = ("class", "dtype", "weights", "fingerprint", "versions")  # of the model
@@ -92,7 +92,7 @@ def _data(found: Found, blobs: dict[str, str]) -> dict[str, Any]:
     model = found.model
     return {
         "model": {
-            "name": str(model.get("name") or model.get("class") or found.folder),
+            "name": _called(str(model.get("name") or model.get("class") or found.folder)),
             "facts": {
                 key: _finite(model[key]) for key in ("class", "dtype", "weights", "fingerprint", "versions") if key in model
             },
@@ -171,6 +171,11 @@ def _prompt(number: int, prompt: Prompt, found: Found, blobs: dict[str, str]) ->
         rows.append({"blob": blob, "shape": list(weights[0].shape), "heads": heads, "queries": queries, "keys": keys})
     about_prompt = {"name": prompt.name, "source": prompt.source, "tokens": dict(prompt.tokens)}
     return about_prompt | {"rows": rows, "holes": holes}
+
+
+def _called(name: str) -> str:
+    """A model's name; of a folder the last part, for where it lay says nothing to whom the page is sent."""
+    return Path(name).name if Path(name).is_absolute() or name.startswith(".") else name
 
 
 def quantised(pattern: np.ndarray) -> tuple[np.ndarray, float, bool]:

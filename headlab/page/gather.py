@@ -16,7 +16,8 @@ from typing import Any
 
 from ..errors import HeadlabError
 from ..results import Result, read_json
-from .kinds import Column, Draw, Item, Panel, Part, Prompt, part_of, together
+from .kinds import part_of, together
+from .parts import Column, Draw, Item, Panel, Part, Prompt
 
 _NAME = re.compile(r"(?:(\w+)\.)?L(\d+)H(\d+)")
 _STACKS = ("", "enc", "dec", "cross")

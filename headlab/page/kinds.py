@@ -10,14 +10,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import plots
+from .parts import Column, Draw, Item, Line, Panel, Part, Prompt
 
 PARTNERS = 5  # shown per head and direction
 _LONGEST = 90  # characters of a prompt in the list of prompts
@@ -26,72 +25,6 @@ _UNLIKE = 1.0  # above any Jensen-Shannon divergence (log 2)
 _MATRIX = 400  # heads whose pairs fit in a figure that a browser draws at once
 _SINGULAR = re.compile(r": (qk|ov) s\d+$")
 _PLACES = ("head", "stack", "layer", "index", "group")  # columns of a table that say which head it is
-Draw = Callable[[], Any]  # gives a plotly figure
-
-
-@dataclass(frozen=True)
-class Item:
-    """One file that was read."""
-
-    path: Path
-    kind: str
-    result: Any
-    record: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
-
-@dataclass(frozen=True)
-class Column:
-    """A number or a word per head, by the head's name; heads that are not in `values` have none."""
-
-    label: str
-    source: str
-    values: Mapping[str, float | str]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a head's panel: a text, and perhaps the head that a click leads to and a number."""
-
-    text: str
-    head: str | None = None
-    value: float | None = None
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A block of lines for every head. Panels with the same title stand together."""
-
-    title: str
-    label: str
-    source: str
-    lines: Mapping[str, list[Line]]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """All heads' attention patterns on one prompt: by head, weights [query, key], and which tokens these are."""
-
-    name: str
-    source: str
-    tokens: Mapping[str, list[str]]  # by stack
-    sides: Mapping[str, tuple[str, str]]  # by head, the stacks of its queries and keys
-    patterns: Mapping[str, np.ndarray]
-
-
-@dataclass
-class Part:
-    """What one result adds."""
-
-    columns: list[Column] = field(default_factory=list)
-    panels: list[Panel] = field(default_factory=list)
-    figures: list[tuple[str, Draw]] = field(default_factory=list)
-    prompts: list[Prompt] = field(default_factory=list)
-    groups: dict[str, int] = field(default_factory=dict)  # head -> the key-value head that it reads
-    heads: set[str] = field(default_factory=set)  # that the result speaks of
 
 
 def part_of(item: Item) -> Part:
@@ -363,7 +296,9 @@ def _probes(item: Item) -> Part:
     figures: list[tuple[str, Draw]] = []
     for study in studies:
         of = item.result.of(study)
-        draw = partial(_figure, "probes", of, study) if study in plots.PROBES else partial(_figure, "probe_kinds", of)
+        varied = of.to_frame().get(study)  # a study that varies one size is called like it
+        along = varied is not None and varied.nunique() > 1
+        draw = partial(_figure, "probes", of, study) if along else partial(_figure, "probe_kinds", of)
         figures.append((f"{item.name}: {study}", draw))
     return Part(figures=figures)
 
