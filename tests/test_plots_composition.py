@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -75,3 +77,41 @@ def test_maps_of_a_pruned_layer_have_the_original_heads_on_their_axes(maps: Comp
     assert figure.data[0].text[0][1] == "from L1H0 to L1H4: 0.5"
     assert np.size(figure.data[1].z) == 0
     assert len(plots.maps(pruned).data) == 4  # the base and the distance, twice
+
+
+def test_a_grid_of_maps_at_pairs_of_tokens(maps: CompositionMaps) -> None:
+    figure = plots.map_grid(maps, 1, "pre", queries=[2, 4], keys=[0, 3, 4])
+    drawn = [(2, 0), (4, 0), (4, 3), (4, 4)]  # the model is causal
+    assert len(figure.data) == len(drawn)
+    for heat, (query, key) in zip(figure.data, drawn, strict=True):
+        np.testing.assert_allclose(heat.z, maps.dense(1, "pre", query, key).numpy() - np.eye(6), atol=1e-6)
+    titles = [note.text for note in figure.layout.annotations]
+    assert titles[0] == "query 2, key 0"
+    assert titles[-1] == "query 4, key 4"
+    assert len(plots.map_grid(maps, 2).data) == 10  # four places, evenly over seven tokens: 0, 2, 4, 6
+    with pytest.raises(hl.HeadlabError, match="layers are 0, 1, 2"):
+        plots.map_grid(maps, 9)
+    with pytest.raises(hl.HeadlabError, match="at least one query and one key"):
+        plots.map_grid(maps, 1, queries=[])
+    with pytest.raises(hl.HeadlabError, match="there is no query 77"):
+        plots.map_grid(maps, 1, queries=[77], keys=[0])
+
+
+def test_what_every_branch_adds(maps: CompositionMaps) -> None:
+    figure = plots.map_branches(maps, 0, "post")
+    names = ["base", "query, low rank", "query gate", "key, low rank", "key gate"]
+    assert [note.text for note in figure.layout.annotations] == names
+    for heat, branch in zip(figure.data, ("base", "query", "query_gate", "key", "key_gate"), strict=True):
+        np.testing.assert_allclose(heat.z, maps.mean(0, "post", branch).numpy())
+    sums = sum(np.array(heat.z) for heat in figure.data) + maps.mean(0, "post", "identity").numpy()
+    np.testing.assert_allclose(sums, maps.mean(0, "post").numpy(), atol=1e-5)
+    with pytest.raises(hl.HeadlabError, match="a stage is"):
+        plots.map_branches(maps, 0, "middle")
+
+
+def test_without_plotly_a_figure_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("plotly", "headlab.plots"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(hl.HeadlabError, match="figures are drawn by plotly, which is not installed: pip install plotly"):
+        importlib.import_module("headlab.plots")
