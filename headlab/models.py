@@ -282,7 +282,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off and parameters frozen inside the block; both as before afterwards."""
     root = inner(model)
     training = [module for module in root.modules() if module.training]
-    frozen = [parameter for parameter in root.parameters() if parameter.requires_grad]
+    # those made in inference mode can have no gradient, and do not let one change that
+    frozen = [parameter for parameter in root.parameters() if parameter.requires_grad and not parameter.is_inference()]
     for module in training:
         module.training = False
     for parameter in frozen:

@@ -219,10 +219,12 @@ class HeadScores(HeadRows):
         return [(members[0], score) for members, score in self.units()[::-1][:k]]
 
     def rank_correlation(self, other: HeadScores) -> float:
-        """Spearman's rank correlation with other scores of the same heads."""
+        """Spearman's rank correlation with other scores of the same heads; NaN where all scores of either are equal."""
         from scipy.stats import spearmanr
 
         other.check(self.labels)
+        if min(np.ptp(self.flat), np.ptp(other.flat)) == 0:
+            return float("nan")
         return float(spearmanr(self.flat, other.flat).statistic)
 
     def _columns(self, row: int, place: int) -> dict[str, Any]:

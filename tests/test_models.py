@@ -14,6 +14,7 @@ import headlab as hl
 from headlab import models
 
 from . import zoo
+from .words import save_with_tokenizer
 
 
 def logits(model: nn.Module, name: str) -> torch.Tensor:
@@ -278,3 +279,18 @@ def test_any_changed_projection_changes_the_fingerprint(projection: str) -> None
     with torch.no_grad():
         getattr(model.model.layers[1].self_attn, projection).weight.mul_(1.5)
     assert models.fingerprint(model) != before
+
+
+def test_evaluating_a_model_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = zoo.build("llama-gqa")
+    with models.evaluating(model), torch.inference_mode():
+        assert model(**models.probe_batch(model)).logits.isfinite().all()
+
+
+def test_the_tokenizer_beside_a_model_comes_before_that_of_a_bridge(tmp_path: Path) -> None:
+    """TransformerLens may have changed its own to put the first token in front."""
+    plain = hl.load(save_with_tokenizer(zoo.build("llama-gqa"), tmp_path))
+    words = [models.tokenizer(model) for model in (plain, hl.bridge(plain))]
+    text = words[0].decode([5, 7, 11])
+    assert words[0](text)["input_ids"] == words[1](text)["input_ids"]

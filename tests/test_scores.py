@@ -258,3 +258,10 @@ def test_check_names_both_shapes_and_both_models() -> None:
         HeadMask(([1, 1, 1], [1, 1, 1])).check(model_heads)
     with pytest.raises(HeadlabError, match=r"rows of \[2, 1\] heads, but the model has 2 x 2"):
         HeadMask(([1, 1], [1])).check(model_heads)
+
+
+def test_equal_scores_have_no_rank_correlation() -> None:
+    varied, equal = HeadScores([[1.0, 2.0], [3.0]]), HeadScores([[1.0, 1.0], [1.0]])
+    assert math.isnan(varied.rank_correlation(equal))
+    assert math.isnan(equal.rank_correlation(varied))
+    assert varied.rank_correlation(varied) == 1
