@@ -45,7 +45,7 @@ def test_roles_stand_where_their_heads_are(ragged: Roles) -> None:
     assert "previous 0.75" in cells.text[0][2]
     assert " nats" in cells.text[0][0]
     assert "nan" not in "".join(cells.text.flatten())
-    assert list(cells.y) == ["0", "1", "row 2"]
+    assert list(cells.y) == ["0", "1", "2"]
 
 
 def test_the_legend_counts_heads_by_main_role(ragged: Roles) -> None:

@@ -38,6 +38,22 @@ def test_heads_of_a_pruned_model_stand_under_their_original_number() -> None:
     assert figure.data[0].y[-1] == "cross 1"
 
 
+def test_heads_that_are_gone_are_told_in_the_title_and_layers_keep_their_number() -> None:
+    model = zoo.build("llama-gqa")
+    whole = hl.importance(model, method="random")
+    assert plots.heads(whole).layout.title.text == "Heads by random"
+    gone = [head for head in hl.heads(model) if head.layer == 1 or str(head) == "L2H0"]
+    figure = plots.heads(hl.importance(hl.prune(model, hl.HeadMask.without(hl.heads(model), gone)), method="random"))
+    assert list(figure.data[0].y) == ["0", "1", "2"]
+    assert figure.layout.title.text == "Heads by random<br><sup>grey: no such head in the model (7)</sup>"
+
+
+def test_only_the_models_own_loss_is_in_nats(exact: hl.AblationScores) -> None:
+    assert plots.heads(exact).data[0].colorbar.title.text == "change of<br>loss (nats)"
+    other = hl.AblationScores(exact.rows, exact.heads, exact.record | {"loss": "mine"}, exact.columns)
+    assert plots.heads(other).data[0].colorbar.title.text == "change of loss"
+
+
 def test_signed_numbers_are_centred_on_zero(exact: hl.AblationScores, scores: hl.HeadScores) -> None:
     assert exact.flat.min() < 0
     assert plots.heads(exact).data[0].zmid == 0

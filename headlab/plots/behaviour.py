@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .common import PALETTE
+from .common import PALETTE, row_names
 
 if TYPE_CHECKING:
     from ..behaviour import Roles
@@ -48,7 +48,7 @@ def roles(roles: Roles, title: str = "Roles of heads") -> go.Figure:
     steps = [(place / len(names), colour) for number, colour in enumerate(colours) for place in (number, number + 1)]
     heatmap = go.Heatmap(
         z=values,
-        y=[f"{row[0].stack} {row[0].layer}".strip() if row else f"row {number}" for number, row in enumerate(roles.heads)],
+        y=row_names(roles.heads),
         text=hover,
         hovertemplate="%{text}<extra></extra>",
         colorscale=steps,

@@ -92,6 +92,7 @@ def _lines(table: CircuitTable, x: np.ndarray, values: np.ndarray, what: Sequenc
             mode="lines+markers",
             marker={"size": 4},
             line={"color": colours[row], "width": 1},
+            opacity=0.6,
             name=f"{heads[0].stack} layer {heads[0].layer}".strip(),
             showlegend=False,
         )
@@ -137,8 +138,8 @@ def tokens_of(directions: Directions) -> go.Figure:
         hovertemplate="%{customdata}<extra></extra>",
         colorscale="RdBu_r",
         zmid=0,
-        zmin=-1.6,  # pale enough to read the tokens
-        zmax=1.6,
+        zmin=-2.2,  # pale enough to read the tokens
+        zmax=2.2,
         showscale=False,
         xgap=1,
         ygap=1,
@@ -148,10 +149,15 @@ def tokens_of(directions: Directions) -> go.Figure:
     figure.update_yaxes(autorange="reversed", **ends)
     figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=titles, side="top", title="singular value, side")
     figure.update_layout(
-        title={"text": f"{directions.head}: singular directions of the {directions.circuit.upper()} circuit", "y": 0.98},
+        title={
+            "text": f"{directions.head}: singular directions of the {directions.circuit.upper()} circuit"
+            "<br><sup>colour: how far the token lies along the direction, over the furthest in its column</sup>",
+            "y": 0.97,
+            "yanchor": "top",
+        },
         width=120 + 105 * len(columns),
-        height=190 + 21 * 2 * n,
-        margin={"t": 120},
+        height=210 + 21 * 2 * n,
+        margin={"t": 140},
     )
     return figure
 
@@ -161,4 +167,4 @@ def _shown(token: str, longest: int | None = _LONGEST) -> str:
     visible = repr(token)[1:-1].replace(" ", "·")
     if longest is not None and len(visible) > longest:
         visible = visible[: longest - 1] + "…"
-    return escape(visible)
+    return escape(visible, quote=False).replace("$", "&#36;")  # plotly knows no &quot;, and reads a formula between dollars

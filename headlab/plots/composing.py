@@ -37,7 +37,10 @@ def composition_matrix(scores: CompositionScores, title: str | None = None) -> g
             across = {"x0": 0, "x1": 1, "xref": "x domain"} if axis == "y" else {"y0": 0, "y1": 1, "yref": "y domain"}
             figure.add_shape(type="line", line=line, **across, **{f"{axis}0": first - 0.5, f"{axis}1": first - 0.5})
         middles = [(a + b - 1) // 2 for a, b in zip(firsts, [*firsts[1:], len(ends)], strict=True)]
-        shown = middles[:: -(-len(middles) // TICKS)]
+        shown: list[int] = []
+        for middle in middles:  # layers of a pruned model may have few heads
+            if not shown or middle - shown[-1] >= len(ends) / TICKS:
+                shown.append(middle)
         figure.update_layout(
             {f"{axis}axis": {"tickvals": [str(ends[i]) for i in shown], "ticktext": [f"L{layers[i]}" for i in shown]}}
         )
@@ -50,6 +53,7 @@ def composition_matrix(scores: CompositionScores, title: str | None = None) -> g
     figure.update_yaxes(title="writes (earlier layer)", type="category", autorange="reversed", showgrid=False)
     if scores.what != "M":
         figure.update_yaxes(scaleanchor="x", constrain="domain")
+    figure.update_layout(height=700)
     return figure
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import plotly.graph_objects as go
 
 from ..curves import Curve
-from ..scores import Head, HeadRows, HeadScores
+from ..scores import HeadRows, HeadScores
 from ..speed import Timing
-from .common import PALETTE
+from .common import PALETTE, row_names
 
 
 def heads(scores: HeadRows, title: str | None = None) -> go.Figure:
-    """A heat map of heads: a row per layer, a column per head; a head that is not there stays blank."""
+    """A heat map of heads: a row per layer, a column per head; a head that is not there is grey."""
     labels = scores.labels
     width = max((head.index for row in labels for head in row), default=-1) + 1
     values = np.full((len(labels), width), np.nan)
@@ -30,7 +30,7 @@ def heads(scores: HeadRows, title: str | None = None) -> go.Figure:
     method = scores.record.get("method", scores.kind)
     heatmap = go.Heatmap(
         z=values,
-        y=[_row_name(row, number) for number, row in enumerate(labels)],
+        y=row_names(labels),
         text=hover,
         hovertemplate="%{text}<extra></extra>",
         colorscale="RdBu_r" if signed else "Viridis",
@@ -40,14 +40,12 @@ def heads(scores: HeadRows, title: str | None = None) -> go.Figure:
         colorbar_title=_unit(scores),
     )
     figure = go.Figure(heatmap)
-    figure.update_layout(title=title or f"Heads by {method}", xaxis_title="head", yaxis_title="layer")
-    figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(dtick=1 if width <= 16 else None)
+    told = f"<br><sup>grey: no such head in the model ({missing})</sup>" if (missing := int((hover == "").sum())) else ""
+    figure.update_layout(title=(title or f"Heads by {method}") + told, xaxis_title="head", yaxis_title="layer")
+    figure.update_layout(height=max(450, 190 + 14 * len(labels)), plot_bgcolor="#d9d9d9")
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
+    figure.update_xaxes(dtick=1 if width <= 16 else None, range=[-0.5, width - 0.5], showgrid=False, zeroline=False)
     return figure
-
-
-def _row_name(row: tuple[Head, ...], number: int) -> str:
-    return f"{row[0].stack} {row[0].layer}".strip() if row else f"row {number}"
 
 
 def _told(value: object) -> str:
@@ -57,7 +55,9 @@ def _told(value: object) -> str:
 def _unit(scores: HeadRows) -> str:
     if not isinstance(scores, HeadScores):
         return "kept"
-    return "change of loss" if scores.kind == "ablation" else "score"
+    if scores.kind != "ablation":
+        return "score"
+    return "change of<br>loss (nats)" if scores.record.get("loss") == "own" else "change of loss"
 
 
 def curves(curves: Mapping[str, Curve], title: str = "Pruning curves") -> go.Figure:
@@ -99,6 +99,7 @@ def against(scores: HeadScores, exact: HeadScores, title: str | None = None) -> 
     exact.check(scores.labels)
     names = [str(head) for row in scores.labels for head in row]
     rows = [row for row, heads_of_row in enumerate(scores.labels) for _ in heads_of_row]
+    several = any(head.stack for row in scores.labels for head in row)
     x_name, y_name = (s.record.get("method", s.kind) for s in (scores, exact))
     figure = go.Figure(
         go.Scatter(
@@ -106,7 +107,7 @@ def against(scores: HeadScores, exact: HeadScores, title: str | None = None) -> 
             y=exact.flat,
             text=names,
             mode="markers",
-            marker={"color": rows, "colorscale": "Viridis", "colorbar": {"title": "row"}},
+            marker={"color": rows, "colorscale": "Viridis", "colorbar": {"title": "row" if several else "layer"}},
             hovertemplate=f"<b>%{{text}}</b><br>{x_name} %{{x:.4g}}<br>{y_name} %{{y:.4g}}<extra></extra>",
         )
     )
@@ -114,7 +115,7 @@ def against(scores: HeadScores, exact: HeadScores, title: str | None = None) -> 
     figure.update_layout(
         title=title or f"{x_name} against {y_name}: rank correlation {rho:.2f}",
         xaxis_title=f"{x_name} score",
-        yaxis_title=f"{y_name}: {_unit(exact)}",
+        yaxis_title=f"{y_name}: {_unit(exact).replace('<br>', ' ')}",
     )
     return figure
 
