@@ -103,8 +103,8 @@ class Subject:
         prompt = torch.arange(5, 25)[None] if "random" in self.name else PROMPT
         return plots.pattern(hl.attention_patterns(self.model, prompt, heads))
 
-    def maps(self, layer: int | None = None) -> go.Figure:
-        return plots.maps(hl.composition_maps(self.model, torch.arange(5, 37)[None]), layer)
+    def maps(self) -> hl.CompositionMaps:
+        return hl.composition_maps(self.model, torch.arange(5, 37)[None])
 
 
 def subjects(folder: Path) -> dict[str, Subject]:
@@ -290,14 +290,26 @@ FIGURES = {
             "maps",
             "dcformer-random",
             f"`plots.maps`: how far each layer's maps are from the identity, and by which branches. {DC}, on 32 tokens.",
-            lambda s: s.maps(),
+            lambda s: plots.maps(s.maps()),
         ),
         Shown(
             "maps-layer",
             "dcformer-random",
             "`plots.maps`: the mean maps of one layer, less the identity, before and after the softmax. "
             f"{DC}, on 32 tokens.",
-            lambda s: s.maps(5),
+            lambda s: plots.maps(s.maps(), 5),
+        ),
+        Shown(
+            "maps-grid",
+            "dcformer-random",
+            f"`plots.map_grid`: the maps themselves at pairs of tokens, queries down and keys to the right. {DC}.",
+            lambda s: plots.map_grid(s.maps(), 5),
+        ),
+        Shown(
+            "maps-branches",
+            "dcformer-random",
+            f"`plots.map_branches`: the mean of what every branch adds. {DC}, on 32 tokens.",
+            lambda s: plots.map_branches(s.maps(), 5),
         ),
     ],
     "Where heads look": [
