@@ -63,7 +63,7 @@ def projections(row: Attention) -> Projections:
         if projection is None:
             found[part] = output.weight.new_zeros(0, width_out(output), row.d_head)
             continue
-        blocks = [family.block(part, i, n_slots, keys) for i in range(n_blocks)]
+        blocks = _range([family.block(part, i, n_slots, keys) for i in range(n_blocks)])
         found[part] = weight_blocks(projection, row.d_head, "out").detach()[blocks].transpose(1, 2)
         if projection.bias is not None:
             biases[part] = projection.bias.detach().unflatten(0, (-1, row.d_head))[blocks]
@@ -71,6 +71,12 @@ def projections(row: Attention) -> Projections:
     if output.bias is not None:
         biases["o"] = output.bias.detach()
     return Projections(**found, biases=biases, searching=searching, carrying=carrying)
+
+
+def _range(blocks: list[int]) -> slice:
+    """Blocks as a slice, which gives a view: in every layout they are evenly apart."""
+    step = blocks[1] - blocks[0] if len(blocks) > 1 else 1
+    return slice(blocks[0], blocks[-1] + 1, step) if blocks else slice(0, 0)
 
 
 def _slots(row: Attention) -> list[tuple[int, int | None, int]]:
