@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import copy
 import pickle
 from pathlib import Path
@@ -38,7 +39,8 @@ def circuits(model: nn.Module, norm: str = "raw", stack: str = "") -> dict[str, 
 
 
 def check(scores: CompositionScores, whole: dict[str, dict[str, Tensor]], what: str) -> None:
-    sources, readers = ([name for name in whole if kind in whole[name]] for kind in ("V", what))
+    places = sorted(whole, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    sources, readers = ([name for name in places if kind in whole[name]] for kind in ("V", what))
     assert (list(map(str, scores.sources)), list(map(str, scores.readers))) == (sources, readers)
     for source, values in zip(scores.sources, scores.values, strict=True):
         for reader, value in zip(scores.readers, values, strict=True):
