@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import re
 import copy
 import pickle
+import re
 from pathlib import Path
 
 import pytest
