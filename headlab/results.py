@@ -70,6 +70,8 @@ class Result:
             raise HeadlabError(f"{path} holds a {found.kind}, but a {cls.kind} was expected")
         try:
             return found._from_body(data, data.pop("record"))
+        except HeadlabError as error:  # what the file says cannot be: a score that is not finite, a head twice
+            raise HeadlabError(f"{path} is damaged: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError):
             raise HeadlabError(f"{path} is damaged: it does not hold what a {found.kind} holds") from None
 

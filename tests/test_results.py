@@ -250,6 +250,7 @@ GOOD = {"headlab": 1, "kind": "scores", "record": {}, "heads": None, "rows": [[1
         (GOOD | {"heads": [[{"no": "head"}]]}, "damaged"),
         (GOOD | {"rows": [["x"]]}, "damaged"),
         (GOOD | {"rows": 3}, "damaged"),
+        (GOOD | {"rows": [[None]]}, "damaged: a row holds NaN or infinity"),
     ],
 )
 def test_files_that_are_no_scores(tmp_path: Path, content: str | bytes | dict, message: str) -> None:
