@@ -64,10 +64,9 @@ def circuits(
         plots.save_html(plots.composition_graph(found), out / f"composition-{kind}-graph.html")
         typer.echo(f"{kind}-composition: " + "; ".join(map(str, found.top(3))))
     for name in head or []:
-        for circuit in ("qk", "ov"):
-            read = directions(
-                loaded, known[name].layer, known[name].index, circuit, norm=norm.value, stack=known[name].stack
-            )
+        one = known[name]
+        for circuit in CIRCUITS:
+            read = directions(loaded, one.layer, one.index, circuit, norm=norm.value, stack=one.stack)
             read = folder.store(read, out / f"directions-{name}-{circuit}.json")
             plots.save_html(plots.tokens_of(read), out / f"directions-{name}-{circuit}.html")
     typer.echo(f"{len(known)} heads; written to {out / 'circuits.json'}")

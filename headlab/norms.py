@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import HeadlabError
 from .families import Attention, bare, child
 from .models import inner, is_folded, rows
-from .weights import Projections, projections
+from .weights import Projections, projections, wide
 
 Norm = Literal["raw", "fold"]
 _BEFORE = ("input_layernorm", "ln_1", "layer_norm", "layernorm_before")  # beside the attention module
@@ -96,7 +96,7 @@ def circuits_of(model: nn.Module, row: Attention, norm: Norm) -> Projections:
             "with norm='fold' if gains should be in the circuits"
         )
     found = projections(row)
-    found = replace(found, q=_wide(found.q), k=_wide(found.k), v=_wide(found.v), o=_wide(found.o))
+    found = replace(found, q=wide(found.q), k=wide(found.k), v=wide(found.v), o=wide(found.o))
     if norm == "raw" or not row.slots:
         return found
     q, k, v, o = found.q, found.k, found.v, found.o
@@ -119,10 +119,6 @@ def circuits_of(model: nn.Module, row: Attention, norm: Norm) -> Projections:
 def _encoder_norm(model: nn.Module) -> nn.Module | None:
     encoder = next((row for row in rows(model) if row.stack == "enc"), None)
     return None if encoder is None else final_norm(model, encoder)
-
-
-def _wide(weight: Tensor) -> Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def approximate(model: nn.Module, row: Attention) -> list[str]:

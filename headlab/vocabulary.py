@@ -22,6 +22,7 @@ from .norms import Gain, Norm, approximate, circuits_of, final_norm, gain
 from .results import Result
 from .rotary import learned_positions
 from .scores import Head
+from .weights import wide
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,17 +67,13 @@ class Vocabulary:
         step = max(1, _BLOCK // self.embed.shape[1])
         found = self.embed.new_zeros(self.embed.shape[1], self.embed.shape[1], dtype=torch.float64)
         for out, into in zip(self.unembed.split(step), self.embed.split(step), strict=True):
-            found += _wide(out).T @ _wide(into)
+            found += wide(out).T @ wide(into)
         return found
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _rows_times(tokens: Tensor, weight: Tensor) -> Tensor:
     step = max(1, _BLOCK // tokens.shape[1])
-    return torch.cat([_wide(block) @ weight.to(_wide(block).dtype) for block in tokens.split(step)])
+    return torch.cat([wide(block) @ weight.to(wide(block).dtype) for block in tokens.split(step)])
 
 
 def vocabulary_of(model: nn.Module, row: Attention, norm: Norm) -> Vocabulary:
@@ -312,7 +309,7 @@ def moments_of(model: nn.Module, row: Attention, vocabulary: Vocabulary) -> Mome
 def _moments(x: Float[Tensor, "row d"]) -> tuple[Tensor, Tensor]:
     mean, spread = x.double().mean(0), x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for block in x.split(max(1, _BLOCK // x.shape[1])):
-        away = _wide(block) - mean.to(_wide(block).dtype)
+        away = wide(block) - mean.to(wide(block).dtype)
         spread += away.T @ away
     spread /= len(x)
     return spread + mean[:, None] * mean, spread

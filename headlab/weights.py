@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -83,3 +84,8 @@ def _slots(row: Attention) -> list[tuple[int, int | None, int]]:
     """Query slot, the head in it, and the key-value head it reads."""
     pairs = [(head, kv) for kv, (_, heads) in enumerate(row.groups) for head in heads]
     return [(slot, head, kv) for slot, (head, kv) in enumerate(pairs)]
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: half precision has too few digits for products of factors."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
