@@ -10,6 +10,7 @@ import pytest
 import torch
 
 Run = Callable[..., tuple[int, str, str]]
+Failing = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
@@ -30,5 +31,21 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             cli.main()
         said = capsys.readouterr()
         return int(stop.value.code or 0), said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def failing(run: Run) -> Failing:
+    """Run a command that must fail, with one line on stderr and no traceback."""
+
+    def call(*words: object) -> str:
+        status, _, err = run(*words)
+        assert status != 0
+        assert err.startswith("headlab: ")
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
+        assert "unexpected" not in err
+        return err
 
     return call

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,25 +12,10 @@ import transformers as hf
 import headlab as hl
 
 from . import zoo
-from .conftest import Run
+from .conftest import Failing, Run
 from .words import WORDS, save_with_tokenizer
 
 SMALL = ["--examples", "5", "--length", "7", "--batch-size", "3"]
-
-
-@pytest.fixture
-def failing(run: Run) -> Callable[..., str]:
-    """Run a command that must fail, with one line on stderr and no traceback."""
-
-    def call(*words: object) -> str:
-        status, _, err = run(*words)
-        assert status != 0
-        assert err.startswith("headlab: ")
-        assert err.count("\n") == 1
-        assert "Traceback" not in err
-        return err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +99,7 @@ def test_a_killed_run_goes_on_to_the_same_file(run: Run, model: Path, text: Path
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_other_results_are_never_replaced(
-    run: Run, failing: Callable[..., str], model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_other_results_are_never_replaced(run: Run, failing: Failing, model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "results"
     assert run("score", model, "-t", text, "-o", out, *SMALL)[0] == 0
     assert run("ablate", model, "-t", text, "-o", out, *SMALL)[0] == 0
@@ -132,7 +114,7 @@ def test_other_results_are_never_replaced(
     assert (out / "pruned" / "mine.txt").read_text() == "precious"
 
 
-def test_every_mistake_is_one_line(failing: Callable[..., str], model: Path, text: Path, tmp_path: Path) -> None:
+def test_every_mistake_is_one_line(failing: Failing, model: Path, text: Path, tmp_path: Path) -> None:
     out = ["-o", tmp_path / "results"]
     assert "cannot open the model" in failing("score", tmp_path / "nothing", "-t", text, *out)
     assert "cannot read the text file" in failing("score", model, "-t", tmp_path / "nothing.txt", *out)
@@ -157,9 +139,7 @@ def test_every_mistake_is_one_line(failing: Callable[..., str], model: Path, tex
     assert "there is no device 'gpu'" in failing("score", model, "-t", text, *out, "--device", "gpu")
 
 
-def test_scores_of_another_model_are_refused(
-    run: Run, failing: Callable[..., str], model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_scores_of_another_model_are_refused(run: Run, failing: Failing, model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "results"
     other = save_with_tokenizer(zoo.build("llama-gqa", seed=1), tmp_path / "other")
     assert run("score", model, "-t", text, "-o", out, *SMALL)[0] == 0
@@ -168,7 +148,7 @@ def test_scores_of_another_model_are_refused(
 
 
 def test_a_full_disk_is_one_line(
-    failing: Callable[..., str], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failing: Failing, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -215,17 +195,18 @@ def test_help_needs_none_of_the_heavy_libraries() -> None:
 
 
 def test_what_nobody_expected_is_one_line_too(
-    run: Run, failing: Callable[..., str], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the sky\nfell")
 
     monkeypatch.setattr("headlab.exact.ablation", fail)
-    said = failing("ablate", model, "-t", text, "-o", tmp_path / "results", *SMALL)
+    status, _, said = run("ablate", model, "-t", text, "-o", tmp_path / "results", *SMALL)
+    assert status == 1
     assert said == "headlab: unexpected RuntimeError: the sky fell (HEADLAB_DEBUG=1 shows where)\n"
 
 
-def test_a_timing_is_not_replaced(run: Run, failing: Callable[..., str], model: Path, tmp_path: Path) -> None:
+def test_a_timing_is_not_replaced(run: Run, failing: Failing, model: Path, tmp_path: Path) -> None:
     assert run("prune", model, "-o", tmp_path, "--order", "random")[0] == 0
     assert run("time", model, "-o", tmp_path, "--sizes", "1x3", "--repeats", 1)[0] == 0
     assert "is there already" in failing("time", model, "-o", tmp_path, "--sizes", "1x3")
@@ -257,16 +238,14 @@ def test_composed_heads_at_a_site(run: Run, composed: Path, text: Path, tmp_path
     assert "masked" in timed[1]
 
 
-def test_plain_attention_has_one_site(
-    failing: Callable[..., str], model: Path, composed: Path, text: Path, tmp_path: Path
-) -> None:
+def test_plain_attention_has_one_site(failing: Failing, model: Path, composed: Path, text: Path, tmp_path: Path) -> None:
     common = ["--text", text, "--out", tmp_path, *SMALL, "--site"]
     assert "has one site, 'output', not 'scores'" in failing("score", model, *common, "scores")
     assert "composed heads have the sites output, head, scores" in failing("ablate", composed, *common, "nonsense")
     assert "there is no" in failing("prune", composed, "--out", tmp_path, "--site", "scores")
 
 
-def test_maps(run: Run, failing: Callable[..., str], composed: Path, model: Path, tmp_path: Path) -> None:
+def test_maps(run: Run, failing: Failing, composed: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "maps"
     prompt = " ".join(WORDS[:5])
     status, said, _ = run("maps", composed, "--prompt", prompt, "--out", out, "--layer", 2)
@@ -286,7 +265,7 @@ def test_maps(run: Run, failing: Callable[..., str], composed: Path, model: Path
     assert not (tmp_path / "other").exists()
 
 
-def test_maps_without_a_tokenizer(run: Run, failing: Callable[..., str], tmp_path: Path) -> None:
+def test_maps_without_a_tokenizer(run: Run, failing: Failing, tmp_path: Path) -> None:
     zoo.build("dcpythia").save_pretrained(tmp_path / "model")
     numbers = run("maps", tmp_path / "model", "--prompt", "5 7, 11", "--out", tmp_path / "maps")
     assert numbers[0] == 0

@@ -19,29 +19,12 @@ from headlab.domains import Correlation
 from headlab.prompts import Pattern
 
 from . import zoo
-from .conftest import Run
+from .conftest import Failing, Run
 from .words import WORDS, save_with_tokenizer
 
 SMALL = ["--examples", 5, "--length", 7, "--batch-size", 3]
 RANDOM = ["--sequences", 3, "--tokens", 12]
 PROMPT = " ".join(WORDS[:5])
-Failing = Callable[..., str]
-
-
-@pytest.fixture
-def failing(run: Run) -> Failing:
-    """Run a command that must fail, with one line on stderr and no traceback."""
-
-    def call(*words: object) -> str:
-        status, _, err = run(*words)
-        assert status != 0
-        assert err.startswith("headlab: ")
-        assert err.count("\n") == 1
-        assert "Traceback" not in err
-        assert "unexpected" not in err
-        return err
-
-    return call
 
 
 def half(model: nn.Module, **options: Any) -> Any:
