@@ -146,7 +146,7 @@ def _in_attention(model: nn.Module, once: Callable[[], object]) -> float:
         if device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(device))  # of the model's device, which need not be the current one
         return event
 
     with ExitStack() as hooks:

@@ -22,7 +22,7 @@ class Replayed:
             with torch.cuda.stream(self.stream):
                 self.stack.step()
         elif self.done == self.warm:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.stream.device)
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.stack.step()
             with torch.cuda.stream(self.stream):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -239,7 +239,7 @@ def train(
     with tqdm(total=sum(run.recipe.steps for run in runs), unit="step", desc="training", disable=None) as bar:
         for start in range(0, len(waiting), beside):
             group = [Stack(found, device) for found in waiting[start : start + beside]]
-            with faster_products():
+            with faster_products(), _current(group[0].device):
                 histories = _train_beside(group, checks, bar)
                 ends = [_accuracies(stack, n_test) for stack in group]
             for stack, history, end in zip(group, histories, ends, strict=True):
@@ -281,6 +281,11 @@ def _outcomes(stack: Stack, history: Sequence[Mapping[str, Any]], end: Mapping[s
 def _accuracies(stack: Stack, n: int) -> dict[str, list[float]]:
     splits: tuple[Split, ...] = ("seen", "test") if stack.task.n_held_out else ("seen",)
     return {split: stack.accuracy(split, n) for split in splits}
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """A GPU that need not be the first is the current one inside the block: graphs are recorded on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
