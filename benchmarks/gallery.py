@@ -380,7 +380,8 @@ FIGURES = {
 }
 ELSEWHERE = (
     "Probe accuracy and the results of synthetic tasks by factor (`plots.probes`, `plots.tasks` and others) are in "
-    "[tasks.md](tasks.md)."
+    "[tasks.md](tasks.md), two domains and the course of training (`plots.correlation`, `plots.profile`) in "
+    "[sixteen.md](sixteen.md)."
 )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 DOMAINS = ("tales", "reports")
 LABELS = ("follows", "contradicts", "neither")
-PAD, END, START, BETWEEN = "<pad>", "</s>", "<s>", "|"
+PAD, END, START, BETWEEN, MASK = "<pad>", "</s>", "<s>", "|", "<mask>"
 Words = list[str]
 
 
@@ -69,7 +69,7 @@ class Language:
         there += [f"A{i}" for i in range(self.ADJECTIVES)] + [f"T{i}" for i in range(self.TENSES)] + ["NO", "PL"]
         there += [f"{what}{g}" for what in ("AGREE", "OBJ", "AT", "PRO") for g in genders]
         there += [f"SUBJ{g}{n}" for g in genders for n in ("", "PL")] + [f"J{i}" for i in range(len(self.JOINTS))]
-        self.words = [PAD, END, START, BETWEEN, *small, *here, *there]
+        self.words = [PAD, END, START, BETWEEN, MASK, *small, *here, *there]
         self.number = {word: i for i, word in enumerate(self.words)}
 
     # --- drawing

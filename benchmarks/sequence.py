@@ -1,11 +1,13 @@
 """Two models that the project trains itself, for the studies in `benchmarks/sixteen.py`: a translator and a classifier.
 
-    python -m benchmarks.sequence translator --out MODELS/translator [--steps 4000] [--device cuda]
+    python -m benchmarks.sequence translator --out MODELS/translator [--steps 2000] [--device cuda]
     python -m benchmarks.sequence classifier --out MODELS/classifier
 
 Both live on a small made-up language (`benchmarks/language.py`). The translator (T5, 6 layers of 8 heads in each of three
 stacks) turns it into another one. The classifier (BERT, 6 layers of 8 heads) says whether a second sentence follows from a
-first one, contradicts it, or neither. No sentence of the training set is in the others.
+first one, contradicts it, or neither; like BERT it first learns to guess masked words, of many sentences without answers,
+and then from few answers: without that it never gets beyond counting negations. No sentence of the training set is in the
+others.
 
 Checkpoints are saved at fixed shares of the training, like the epochs of Michel, Levy & Neubig 2019, figure 5.
 """
@@ -17,21 +19,28 @@ import math
 import random
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from headlab.batches import IGNORED, Batch
 
-from .language import BETWEEN, DOMAINS, END, LABELS, START, Language
+from .language import BETWEEN, DOMAINS, END, LABELS, MASK, START, Language
 
-SHARES = (1 / 40, 2 / 40, 3 / 40, 5 / 40, 10 / 40, 20 / 40, 30 / 40, 1.0)  # of training, at which a checkpoint is saved
+SHARES = (1 / 20, 2 / 20, 3 / 20, 5 / 20, 10 / 20, 15 / 20, 1.0)  # of training, at which a checkpoint is saved
 LONGEST = 48  # tokens of a sentence, in either language, with its end
 
 
@@ -45,7 +54,14 @@ class Size:
     heads: int = 8
     batch: int = 512
     lr: float = 1e-3
-    pool: int = 200_000  # training examples, shown over and over
+    pool: int = 50_000  # training examples, shown over and over
+    masked: int = 0  # steps of guessing masked words before training
+    texts: int = 200_000  # sentences for that
+
+
+# Of 10,000 sentences the translator learns the language without an error (BLEU 99.97), and then not one of its 144 heads
+# makes a significant difference; of 3,000 it becomes as good as published ones.
+SIZES = {"translator": Size(pool=3_000), "classifier": Size(lr=3e-4, pool=50_000, masked=1500)}
 
 
 # --- examples as tensors
@@ -101,9 +117,11 @@ def cut(batch: Batch, size: int) -> list[Batch]:
 
 def trimmed(batch: Batch) -> Batch:
     width = int(batch["attention_mask"].sum(-1).max())
-    inputs = {name: batch[name][:, :width] for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch[name][:, :width].contiguous() for name in ("input_ids", "attention_mask")}
     labels = batch["labels"]
-    return inputs | {"labels": labels[:, : int((labels != IGNORED).sum(-1).max())] if labels.ndim == 2 else labels}
+    if labels.ndim == 2:  # contiguous, for T5's loss takes a view in some versions of transformers
+        labels = labels[:, : int((labels != IGNORED).sum(-1).max())].contiguous()
+    return inputs | {"labels": labels}
 
 
 # --- what is measured
@@ -177,17 +195,53 @@ def build(task: str, size: Size) -> PreTrainedModel:
     )  # fmt: skip
 
 
-def train(task: str, out: Path, steps: int, size: Size = Size(), device: str = "cpu", seed: int = 0) -> PreTrainedModel:
-    """Train a model and save it at every one of the `SHARES` of the way, as `out/step-00100` and so on.
-
-    AdamW, a warm-up over a twentieth of the steps, then a cosine down to a tenth; bfloat16 autocast on a GPU.
-    """
+def train(task: str, out: Path, steps: int, size: Size | None = None, device: str = "cpu", seed: int = 0) -> PreTrainedModel:
+    """Train a model and save it at every one of the `SHARES` of the way, as `out/step-00100` and so on."""
     torch.manual_seed(seed)
-    if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")
+    size = size or SIZES[task]
     model = build(task, size).to(device).train()
-    pool = {name: value.to(device) for name, value in examples(task, "train", size.pool, seed).items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, weight_decay=0.01, fused=device.startswith("cuda"))
+    if size.masked:
+        guesses = BertForMaskedLM(model.config).to(device).train()
+        texts = examples(task, "train", size.texts, seed)
+        fit(guesses, texts, size.masked, size, masked_loss, "guessing masked words", seed)
+        model.bert.load_state_dict(guesses.bert.state_dict(), strict=False)  # all but the pooler, which it has not
+    saved = {max(1, round(share * steps)) for share in SHARES}
+
+    def save(step: int) -> None:
+        if step in saved:
+            model.save_pretrained(out / f"step-{step:05d}")
+
+    pool = examples(task, "train", size.pool, seed)
+    fit(model, pool, steps, size, lambda model, batch: model(**batch).loss, f"training the {task}", seed, save)
+    return model.eval()
+
+
+def masked_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Of guessing a seventh of the words (Devlin et al. 2019, without their unmasked guesses)."""
+    words = Language().number
+    ids = batch["input_ids"]
+    chosen = (torch.rand(ids.shape, device=ids.device) < 1 / 7) & (ids > words[MASK])
+    labels = ids.masked_fill(~chosen, IGNORED)
+    return model(ids.masked_fill(chosen, words[MASK]), attention_mask=batch["attention_mask"], labels=labels).loss  # type: ignore[no-any-return]
+
+
+def fit(
+    model: PreTrainedModel,
+    pool: Batch,
+    steps: int,
+    size: Size,
+    loss_of: Callable[[nn.Module, Batch], Tensor],
+    desc: str,
+    seed: int = 0,
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
+    """AdamW, a warm-up over a twentieth of the steps, then a cosine down to a tenth; bfloat16 autocast on a GPU."""
+    device = model.device
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")
+    pool = {name: value.to(device) for name, value in pool.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, weight_decay=0.01, fused=on_gpu)
     warm = max(1, steps // 20)
 
     def rate(step: int) -> float:
@@ -196,13 +250,12 @@ def train(task: str, out: Path, steps: int, size: Size = Size(), device: str = "
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     draw = torch.Generator().manual_seed(seed)
-    saved = {max(1, round(share * steps)) for share in SHARES}
-    bar = tqdm(range(1, steps + 1), desc=f"training the {task}", unit="step", disable=None)
+    bar = tqdm(range(1, steps + 1), desc=desc, unit="step", disable=None)
     for step in bar:
-        rows = torch.randint(size.pool, (size.batch,), generator=draw).to(device)
+        rows = torch.randint(len(pool["labels"]), (size.batch,), generator=draw).to(device)
         batch = {name: value[rows] for name, value in pool.items()}
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
-            loss = model(**batch).loss
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            loss = loss_of(model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -210,27 +263,35 @@ def train(task: str, out: Path, steps: int, size: Size = Size(), device: str = "
         optimizer.zero_grad()
         if step % max(1, steps // 50) == 0:
             bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
-        if step in saved:
-            model.save_pretrained(out / f"step-{step:05d}")
-    return model.eval()
+        after(step)
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    for name, default in vars(Size()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help="instead of the task's own")
+
+
+def given_size(task: str, options: argparse.Namespace) -> Size:
+    """The task's own size, but for what the options say."""
+    told = {name: getattr(options, name) for name in vars(Size()) if getattr(options, name) is not None}
+    return replace(SIZES[task], **told)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["translator", "classifier"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    for name, default in vars(Size()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    options = vars(parser.parse_args(arguments))
-    task, out, steps, device, seed = (options.pop(name) for name in ("task", "out", "steps", "device", "seed"))
-    model = train(task, out, steps, Size(**options), device, seed)
-    held = cut({name: value.to(device) for name, value in examples(task, "test", 512).items()}, 128)
+    add_sizes(parser)
+    options = parser.parse_args(arguments)
+    size = given_size(options.task, options)
+    model = train(options.task, options.out, options.steps, size, options.device, options.seed)
+    held = cut({name: value.to(model.device) for name, value in examples(options.task, "test", 512).items()}, 128)
     with torch.inference_mode():
         print(f"{accuracy(model, held):.2f} % right on 512 new examples")
-        if task == "translator":
+        if options.task == "translator":
             print(f"BLEU {bleu(model, held):.2f}")
 
 

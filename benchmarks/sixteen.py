@@ -5,8 +5,8 @@
     python -m benchmarks.sixteen report --out RUN --docs docs         the page, from RUN/results alone
 
 One head off, all but one, what each kind of attention can lose, two domains, the course of training, and speed at half the
-heads: of the translator and the classifier of `benchmarks/sequence.py`. What is in RUN already is not made again: after a
-kill, the same command goes on. Six to ten minutes on one GPU.
+heads: of the translator and the classifier of `benchmarks/sequence.py`; speed also of BERT-base with random weights. What is
+in RUN already is not made again: after a kill, the same command goes on. Six minutes on one GPU.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import headlab as hl
-from headlab.batches import Batch, Metric
+from headlab.batches import Batch, Loss, Metric
 from headlab.checkpoints import checkpoint_folders, profile
 from headlab.curves import TENTHS
 from headlab.domains import correlate, stack_curves
@@ -28,9 +29,10 @@ from headlab.results import Result
 from headlab.speed import shapes
 
 from .language import DOMAINS
-from .sequence import LONGEST, Size, accuracy, bleu, cut, examples, train, wrong
+from .sequence import LONGEST, accuracy, add_sizes, bleu, cut, examples, given_size, train, wrong
 
 TASKS = ("translator", "classifier")
+BASE = "bert-base"
 METRICS: dict[str, Metric] = {"translator": bleu, "classifier": accuracy}
 SPEED_BATCHES = (1, 4, 16, 64)
 FRACTIONS = TENTHS
@@ -39,10 +41,10 @@ FRACTIONS = TENTHS
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     for task in options.only.split(","):
-        if options.command in ("all", "train"):
+        if options.command in ("all", "train") and task != BASE:
             models(task, options)
         if options.command in ("all", "study"):
-            study(task, options)
+            (base_speed if task == BASE else study)(task, options)
     if options.command in ("all", "report"):
         from .sixteen_report import write_report  # plotly need not be where the study runs
 
@@ -54,14 +56,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("command", choices=["all", "train", "study", "report"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("--only", default=",".join(TASKS), help="tasks, separated by commas")
+    parser.add_argument("--only", default=",".join([*TASKS, BASE]), help="models, separated by commas")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=3000, help="of training")
-    parser.add_argument("--examples", type=int, default=512, help="what is measured on; as many choose the heads")
-    parser.add_argument("--batch-size", type=int, default=256, help="of what is measured on")
+    parser.add_argument("--steps", type=int, default=2000, help="of training")
+    parser.add_argument("--examples", type=int, default=2048, help="what is measured on; as many choose the heads")
+    parser.add_argument("--batch-size", type=int, default=2048, help="of what is measured on")
     parser.add_argument("--repeats", type=int, default=20, help="of timed passes")
-    for name, default in vars(Size()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="of the models")
+    add_sizes(parser)
     return parser.parse_args(arguments)
 
 
@@ -69,8 +70,7 @@ def models(task: str, options: argparse.Namespace) -> None:
     """Train a model, unless its last checkpoint is there."""
     folder = options.out / "models" / task
     if not (folder / f"step-{options.steps:05d}" / "config.json").exists():
-        size = Size(**{name: getattr(options, name) for name in vars(Size())})
-        train(task, folder, options.steps, size, options.device)
+        train(task, folder, options.steps, given_size(task, options), options.device)
 
 
 def study(task: str, options: argparse.Namespace) -> None:
@@ -83,11 +83,12 @@ def study(task: str, options: argparse.Namespace) -> None:
     def once(name: str, make: Callable[[], Any]) -> Any:
         return kept(out / f"{task}-{name}.json", make)
 
-    def exact(name: str, data: list[Batch], keep_one: bool = False) -> hl.AblationScores:
+    def exact(name: str, data: list[Batch], loss: Loss = wrong, keep_one: bool = False) -> hl.AblationScores:
         log = options.out / "logs" / f"{task}-{name}.jsonl"
-        return once(name, lambda: hl.ablation(model, data, loss=wrong, keep_one=keep_one, log=log))
+        return once(name, lambda: hl.ablation(model, data, loss=loss, keep_one=keep_one, log=log))
 
     exact("one-off", testing)
+    exact("one-off-loss", testing, hl.own_loss)
     exact("alone", testing, keep_one=True)
     exact("alone-choose", choosing, keep_one=True)
     orders = {
@@ -106,11 +107,19 @@ def study(task: str, options: argparse.Namespace) -> None:
         device=options.device,
     ))  # fmt: skip
     of = {domain: cut(examples(task, "test", n, seed=1, domain=domain), options.batch_size) for domain in DOMAINS}
-    removal = [exact(f"one-off-{domain}", data) for domain, data in of.items()]
-    once("domains-ablation", lambda: correlate(*removal, names=DOMAINS))
+    wrongs = [exact(f"one-off-{domain}", data) for domain, data in of.items()]
+    losses = [exact(f"one-off-loss-{domain}", data, hl.own_loss) for domain, data in of.items()]
     importances = [hl.importance(model, data) for data in of.values()]
-    once("domains-importance", lambda: correlate(*importances, names=DOMAINS))
+    for name, (one, other) in (("ablation", wrongs), ("loss", losses), ("importance", importances)):
+        once(f"domains-{name}", lambda: correlate(one, other, DOMAINS))
     once("timing", lambda: halved(model, orders["taylor"], options.repeats))
+
+
+def base_speed(task: str, options: argparse.Namespace) -> None:
+    """Of the paper's own shape; how fast it is does not depend on its weights."""
+    model = BertForSequenceClassification(BertConfig()).to(options.device).eval()
+    scores = hl.importance(model, method="random")
+    kept(options.out / "results" / f"{task}-timing.json", lambda: halved(model, scores, options.repeats))
 
 
 def kept(path: Path, make: Callable[[], Result]) -> Result:

@@ -16,6 +16,8 @@ from headlab.results import Result, write
 from headlab.speed import Timing
 
 from .dcmha_report import picture, table
+from .sequence import SIZES
+from .sixteen import BASE
 
 # Michel, Levy & Neubig 2019 (arXiv 1905.10650); Enc-Enc, Dec-Dec, Enc-Dec there are enc, dec, cross here
 PAPER_ALONE = {  # tables 2 and 3: the best head of a layer alone; * is p < .01
@@ -45,14 +47,18 @@ class Results:
 
 def write_report(folder: Path, docs: Path) -> Path:
     """The page and its figures; what was not measured is left out."""
-    found = {task: Results(folder, task) for task in METRIC}
+    found = {task: Results(folder, task) for task in (*METRIC, BASE)}
     parts = [
         "# Are sixteen heads really better than one? The studies, repeated",
-        "Made by `python -m benchmarks.sixteen all`; everything is as measured. The studies are those of Michel, Levy & "
-        "Neubig 2019 (*Are Sixteen Heads Really Better than One?*, arXiv 1905.10650), whose numbers stand beside ours. "
-        "Theirs are of large models (a WMT English-French translator with 6 layers of 16 heads a stack; BERT-base on MNLI, "
-        "12 of 12), ours of two that `benchmarks/sequence.py` trains from scratch on a made-up language, not of "
-        "their size and not on their data. What can be compared is the shape of the findings.",
+        "Made by `python -m benchmarks.sixteen all --out RUN`, as measured; `docs/data/sixteen` holds the results, and "
+        "`python -m benchmarks.sixteen report --out docs/data/sixteen` makes this page of them. The studies are those of "
+        "Michel, Levy & Neubig 2019 (*Are Sixteen Heads Really Better than One?*, arXiv 1905.10650), whose numbers stand "
+        "beside ours. Layers and heads are counted from 0.",
+        "Their models are large (a WMT English-French translator with 6 layers of 16 heads a stack; BERT-base on MNLI, 12 "
+        "of 12), ours are two that `benchmarks/sequence.py` trains from scratch on a made-up language: a translator, on "
+        f"{SIZES['translator'].pool:,} sentences (of 10,000 it learns the language without an error, and then no head "
+        f"matters), and a classifier of pairs of sentences, on {SIZES['classifier'].pool:,} after guessing masked words. What can be "
+        "compared is the shape of the findings. One seed each.",
         *sizes(found),
     ]
     for title, study in (
@@ -88,13 +94,13 @@ def one_off(task: str, results: Results, docs: Path) -> list[str]:
     if scores is None:
         return []
     frame = scores.to_frame()
-    sure = frame[frame["p"] < ALPHA]
     gains = 0.0 - frame["change"]
     told = (
         f"**{task}.** Change of accuracy ({UNIT[task]}) when one head is removed; * is p < .01 (paired t-test over "
-        f"sentences). {len(sure)} of {len(frame)} heads make a significant difference, {int((sure['change'] < 0).sum())} of "
-        f"them to the better; the range is {gains.min():+.2f} to {gains.max():+.2f}. "
+        f"sentences). {_significant(scores)}; the range is {gains.min():+.2f} to {gains.max():+.2f}. "
     )
+    if (loss := results("one-off-loss")) is not None:
+        told += f"Told by the loss, which sees more than the errors do: {_significant(loss)}. "
     told += (
         "Paper (table 1, encoder heads, BLEU): 8 of 96 significant, half of them to the better, -0.53 to +0.24."
         if task == "translator"
@@ -104,18 +110,25 @@ def one_off(task: str, results: Results, docs: Path) -> list[str]:
     for stack, rows in frame.groupby("stack", sort=False):
         lines = [
             [
-                layer + 1,
-                *(f"{-change + 0.0:+.2f}{star}" for change, star in zip(of["change"], of["significant"], strict=True)),
+                layer,
+                *(f"{_points(change)}{star}" for change, star in zip(of["change"], of["significant"], strict=True)),
             ]
             for layer, of in rows.groupby("layer")
         ]
         width = max(len(line) for line in lines) - 1
-        header = [f"{STACKS[str(stack)]}, layer", *(f"head {i + 1}" for i in range(width))]
+        header = [f"{STACKS[str(stack)]}, layer", *(f"head {i}" for i in range(width))]
         parts.append(table(header, [line + [""] * (width + 1 - len(line)) for line in lines]))
     figure = plots.heads(scores, f"{task}: rise of errors ({UNIT[task]}) when a head is removed")
     figure.update_traces(colorbar_title="points")
     figure.update_layout(height=220 + 20 * len(scores.rows))
     return [*parts, picture(figure, docs, f"sixteen-{task}-one-off", f"What each head of the {task} is worth")]
+
+
+def _significant(scores: AblationScores) -> str:
+    frame = scores.to_frame()
+    sure = frame[frame["p"] < ALPHA]
+    better = int((sure["change"] < 0).sum())
+    return f"{len(sure)} of {len(frame)} heads make a significant difference, {better} of them to the better"
 
 
 def alone(task: str, results: Results, docs: Path) -> list[str]:
@@ -130,7 +143,7 @@ def alone(task: str, results: Results, docs: Path) -> list[str]:
         safe += tested.columns["p"][row][best[1]] >= ALPHA
         paper = PAPER_ALONE.get(heads[0].stack, [])
         theirs = paper[heads[0].layer] if task == "translator" and heads[0].layer < len(paper) else ""
-        lines.append([f"{STACKS[heads[0].stack]} {heads[0].layer + 1}", *cells, *([theirs] if task == "translator" else [])])
+        lines.append([f"{STACKS[heads[0].stack]} {heads[0].layer}", *cells, *([theirs] if task == "translator" else [])])
     header = [
         "layer",
         "best head",
@@ -142,17 +155,22 @@ def alone(task: str, results: Results, docs: Path) -> list[str]:
         f"p < .01. With the head chosen on other data, {safe} of {len(lines)} layers show no significant change. "
     )
     told += (
-        "Paper: half of the layers; chosen on other data, cross-attention in layer 6 loses 18.89 BLEU, in layer 5 2.75, the "
-        "encoder's layer 1 1.96."
+        "Paper: half of the layers; chosen on other data, cross-attention loses 18.89 BLEU in its last layer and 2.75 in "
+        "the one before, the encoder 1.96 in its first."
         if task == "translator"
-        else f"Paper (table 3, BERT, layers 1 to 12, best head, points of accuracy): {PAPER_BERT_ALONE}; none significant."
+        else f"Paper (table 3, BERT, best head by layer, points of accuracy): {PAPER_BERT_ALONE}; none significant."
     )
     return [told, table(header, lines)]
 
 
 def _starred(scores: AblationScores, row: int, head: int) -> str:
     star = "*" if scores.columns["p"][row][head] < ALPHA else ""
-    return f"{-scores.columns['change'][row][head] + 0.0:+.2f}{star} (head {head + 1})"  # + 0.0: no negative zero
+    return f"{_points(scores.columns['change'][row][head])}{star} (head {head})"
+
+
+def _points(change: float) -> str:
+    """What is gained, with its sign; no negative zero."""
+    return f"{0.0 - round(change, 2):+.2f}"
 
 
 def pruning(task: str, results: Results, docs: Path) -> list[str]:
@@ -198,7 +216,10 @@ def curve_table(curves: dict[str, Curve], task: str) -> str:
 
 def domains(task: str, results: Results, docs: Path) -> list[str]:
     lines, parts = [], []
-    for name, what in (("ablation", "effect of removal"), ("importance", "importance (Taylor)")):
+    for name, what in (
+        ("ablation", "effect of removal on errors"), ("loss", "effect of removal on the loss"),
+        ("importance", "importance (Taylor)"),
+    ):  # fmt: skip
         found: Correlation | None = results(f"domains-{name}")
         if found is None:
             continue
@@ -208,8 +229,9 @@ def domains(task: str, results: Results, docs: Path) -> list[str]:
                 lines.append([what, over, line["heads"], *(_number(line[key]) for key in ("r", "p", "rho", "rho_p"))])
         figure = correlation(found, f"{task}: {what} in two domains")
         figure.update_layout(height=560)
-        if name == "ablation":
-            one, other = (f"errors added by removal ({UNIT[task]}), {domain}" for domain in found.names)
+        if name != "importance":
+            unit = f"errors added by removal ({UNIT[task]})" if name == "ablation" else "loss added by removal (nats)"
+            one, other = (f"{unit}, {domain}" for domain in found.names)
             figure.update_layout(xaxis_title=one, yaxis_title=other)
         parts.append(picture(figure, docs, f"sixteen-{task}-domains-{name}", f"{what} of the {task}'s heads in two domains"))
     if not lines:
@@ -269,15 +291,22 @@ def speed(task: str, results: Results, docs: Path) -> list[str]:
     dense, half = (part.set_index("batch") for _, part in frame.groupby("model", sort=False))
     lines = []
     for batch in dense.index:
-        rates = [1000 * batch / part.loc[batch, "ms"] for part in (dense, half)]
-        ours = [f"{rate:,.0f}" for rate in rates]
-        gains = [f"{100 * (half.loc[batch, key] - 1):+.1f} %" for key in ("speedup", "attention_speedup")]
-        lines.append([batch, *ours, *gains, *([PAPER_SPEED.get(int(batch), "")] if task == "classifier" else [])])
-    header = ["batch", "sentences/s", "with half of the heads", "gain", "gain in attention alone"]
-    header += ["paper (BERT, 2 x 1080Ti)"] if task == "classifier" else []
-    sizes_ = [int(part["parameters"].iloc[0]) for part in (dense, half)]
+        both = [part.loc[batch] for part in (dense, half)]
+        times = [f"{one.ms:.1f} ({one.low:.1f} to {one.high:.1f})" for one in both]
+        rates = [f"{1000 * batch / one.ms:,.0f}" for one in both]
+        gains = [f"{100 * (both[1][key] - 1):+.1f} %" for key in ("speedup", "attention_speedup")]
+        lines.append([batch, *times, *rates, *gains, *([PAPER_SPEED.get(int(batch), "")] if task == BASE else [])])
+    header = ["batch", "ms, all heads", "ms, half", "sentences/s", "with half", "gain", "gain in attention alone"]
+    header += ["paper (2 x 1080Ti)"] if task == BASE else []
+    sizes_ = [f"{part['parameters'].iloc[0]:,}" for part in (dense, half)]
+    record = found.record
+    machine = f"{record['device']} ({record['threads']} threads)"
+    which = "drawn at random, of random weights" if task == BASE else "the least important ones"
     told = (
-        f"**{task}.** Half of the heads removed for good (`hl.prune`), the least important ones; forward passes of "
-        f"{dense['pos'].iloc[0]} tokens on {found.record['device']}, medians. {sizes_[0]:,} parameters, then {sizes_[1]:,}."
+        f"**{task}.** Half of the heads, {which}, removed for good (`hl.prune`): {sizes_[0]} parameters, then {sizes_[1]}. "
+        f"Forward passes of {dense['pos'].iloc[0]} tokens on {machine}, {record['repeats']} of each in "
+        "turns: medians, with quartiles in brackets."
     )
+    if dense["ms"].iloc[-1] < 1.5 * dense["ms"].iloc[0]:
+        told += " A pass takes as long for many sentences as for one: the machine waits for its kernels to be launched."
     return [told, table(header, lines)]

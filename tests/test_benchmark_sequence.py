@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertConfig
 
 import headlab as hl
 from benchmarks import sequence, sixteen, sixteen_report
@@ -19,7 +21,8 @@ from benchmarks.language import DOMAINS, LABELS, Clause, Language, NounPhrase, S
 from benchmarks.sequence import Size, accuracy, bleu, corpus_bleu, cut, examples, train, wrong
 from headlab.checkpoints import checkpoint_folders
 
-TINY = Size(d_model=24, d_ff=47, layers=2, heads=3, batch=31, lr=5e-3, pool=200)
+TINY = Size(d_model=24, d_ff=47, layers=2, heads=3, batch=31, lr=5e-3, pool=200, texts=100)
+SMALL = {"vocab_size": 53, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 47}
 LANGUAGE = Language()
 
 
@@ -182,6 +185,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(sequence, "SHARES", (0.5, 1.0))
         size = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
         small = ["--device=cpu", "--steps=12", "--examples=10", "--batch-size=10", "--repeats=1"]
+        patch.setattr(sixteen, "BertConfig", partial(BertConfig, **SMALL))
         sixteen.main(["all", f"--out={out}", f"--docs={out / 'docs'}", *small, *size])
     return out
 
@@ -189,7 +193,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_learns_and_saves_on_the_way(tmp_path: Path) -> None:
     model = train("classifier", tmp_path, 40, TINY)
     folders = checkpoint_folders(tmp_path)
-    assert [path.name for path in folders] == [f"step-{n:05d}" for n in (1, 2, 3, 5, 10, 20, 30, 40)]
+    assert [path.name for path in folders] == [f"step-{n:05d}" for n in (2, 4, 6, 10, 20, 30, 40)]
     batch = examples("classifier", "train", 100)
     losses = [float(hl.own_loss(hl.load(str(path)), batch).detach().mean()) for path in (folders[0], folders[-1])]
     assert losses[1] < losses[0]
@@ -202,11 +206,12 @@ def test_training_learns_and_saves_on_the_way(tmp_path: Path) -> None:
 def test_the_study_is_complete(run: Path) -> None:
     both = {
         "one-off", "alone", "alone-choose", "taylor", "one-off-choose", "curve-taylor", "curve-ablation", "curve-random",
-        "profile", "one-off-tales", "one-off-reports", "domains-ablation", "domains-importance", "timing",
+        "profile", "one-off-tales", "one-off-reports", "domains-ablation", "domains-importance", "timing", "one-off-loss",
+        "one-off-loss-tales", "one-off-loss-reports", "domains-loss",
     }  # fmt: skip
     expected = {f"{task}-{name}" for task in sixteen.TASKS for name in both}
     expected |= {f"translator-curve-{stack}" for stack in ("enc", "dec", "cross")}
-    assert {path.stem for path in (run / "results").glob("*.json")} == expected
+    assert {path.stem for path in (run / "results").glob("*.json")} == expected | {"bert-base-timing"}
     assert len(hl.Result.load(run / "results" / "translator-one-off.json").rows) == 6  # type: ignore[attr-defined]
 
 
