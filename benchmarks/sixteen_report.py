@@ -57,8 +57,8 @@ def write_report(folder: Path, docs: Path) -> Path:
         "Their models are large (a WMT English-French translator with 6 layers of 16 heads a stack; BERT-base on MNLI, 12 "
         "of 12), ours are two that `benchmarks/sequence.py` trains from scratch on a made-up language: a translator, on "
         f"{SIZES['translator'].pool:,} sentences (of 10,000 it learns the language without an error, and then no head "
-        f"matters), and a classifier of pairs of sentences, on {SIZES['classifier'].pool:,} after guessing masked words. What can be "
-        "compared is the shape of the findings. One seed each.",
+        f"matters), and a classifier of pairs of sentences, on {SIZES['classifier'].pool:,} after guessing masked words. "
+        "What can be compared is the shape of the findings. One seed each.",
         *sizes(found),
     ]
     for title, study in (
