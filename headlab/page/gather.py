@@ -34,7 +34,7 @@ _EXPECTED = {  # what the page can show, and which command makes it
     "curve": ("pruning curves", "headlab curve MODEL --text FILE --out FOLDER"),
     "circuits": ("circuits", "headlab circuits MODEL --out FOLDER"),
     "composition": ("composition scores", "headlab circuits MODEL --out FOLDER"),
-    "similarity": ("similar heads", "headlab roles MODEL --out FOLDER"),
+    "similarity": ("similar heads", "headlab roles MODEL --text FILE --out FOLDER"),
     "pattern": ("attention patterns on prompts", "headlab roles MODEL --prompt TEXT --out FOLDER"),
     "timing": ("sizes and speed", "headlab time MODEL --out FOLDER"),
 }

@@ -432,7 +432,7 @@ function buildMade() {
       el("td", {}, summary(file.record), el("details", {}, el("summary", {}, "the whole record"), el("pre", {}, JSON.stringify(file.record, null, 1)))))))));
   view.append(el("p", { class: "sub" }, `Made by headlab ${data.version} from the folder ${data.folder}.`));
 }
-const flat = (value) => (value === null ? "none" : typeof value === "object" ? Object.entries(value).map(([key, one]) => `${key} ${flat(one)}`).join(", ") : String(value));
+const flat = (value) => (value === null ? "none" : Array.isArray(value) ? value.map(flat).join(" ") : typeof value === "object" ? Object.entries(value).map(([key, one]) => `${key} ${flat(one)}`).join(", ") : String(value));
 const summary = (record) => Object.entries(record).filter(([key, value]) => key !== "model" && flat(value).length < 160).map(([key, value]) => `${key}: ${flat(value)}`).join("; ");
 
 // --- the page
@@ -465,8 +465,10 @@ function start() {
     byId(`tab-${next}`).focus();
   });
   if (data.problems.length) {
-    byId("notice").append(el("strong", {}, "Not everything in the folder is on this page"), el("ul", {}, ...data.problems.map((one) =>
-      el("li", {}, el("code", {}, one.file), `: ${one.reason}`))));
+    const reasons = new Map();
+    for (const one of data.problems) reasons.set(one.reason, [...(reasons.get(one.reason) ?? []), one.file]);
+    byId("notice").append(el("strong", {}, "Not everything in the folder is on this page"), el("ul", {}, ...[...reasons].map(([reason, files]) =>
+      el("li", {}, ...files.flatMap((file, i) => [i ? ", " : "", el("code", {}, file)]), `: ${reason}`))));
     byId("notice").hidden = false;
   }
   byId("colour").append(...data.columns.map((column, i) => el("option", { value: i }, column.label)));
