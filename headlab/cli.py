@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -161,6 +161,9 @@ def curve(
     ] = Order.taylor,
     reestimate: Annotated[bool, typer.Option("--reestimate", help="Score again (Taylor) before every step.")] = False,
     unit: Unit = Unit.head,
+    by_stack: Annotated[
+        bool, typer.Option("--by-stack", help="Encoder, decoder and cross-attention apart, one curve each.")
+    ] = False,
     site: Site = "output",
     steps: Annotated[int, typer.Option(min=1, help="Steps from the whole model to the last fraction.")] = 10,
     until: Annotated[float, typer.Option(help="The last fraction of heads removed.")] = 1.0,
@@ -175,8 +178,11 @@ def curve(
     """The loss against the share of heads removed. Goes on where it stopped."""
     from . import plots
     from .curves import Curve, pruning_curve
+    from .domains import stack_curves
     from .taylor import importance
 
+    if by_stack and site != "output":
+        raise HeadlabError(f"--by-stack is for the output of heads, not for --site {site}")
     loaded = folder.open_model(model, dtype, device)
     data = folder.batches(loaded, text, examples, length, batch_size, seed)
     stand_in = folder.fill(loaded, data, fill, out)
@@ -188,16 +194,19 @@ def curve(
     parts = ["reestimated" if reestimate else order, "group" if unit is Unit.group else "", "mean" if stand_in else ""]
     name = folder.named("-".join(filter(None, ["curve", *parts])), site)
     fractions = [until * step / steps for step in range(steps + 1)]
-    log = out / f"{name}.log.jsonl"
-    result = pruning_curve(loaded, scores, data, fractions, fill=stand_in, unit=unit.value, site=site, log=log)
-    result = folder.store(result, out / f"{name}.json")
-    folder.write_csv(result, out / f"{name}.csv")
+    options: dict[str, Any] = {"fill": stand_in, "unit": unit.value, "log": out / f"{name}.log.jsonl"}
+    if by_stack:
+        results = {f"{name}-{stack}": one for stack, one in stack_curves(loaded, scores, data, fractions, **options).items()}
+    else:
+        results = {name: pruning_curve(loaded, scores, data, fractions, site=site, **options)}
+    for name, result in results.items():
+        result = folder.store(result, out / f"{name}.json")
+        folder.write_csv(result, out / f"{name}.csv")
+        typer.echo(result.to_frame().to_string(index=False, float_format="{:.4g}".format))
+        typer.echo(f"area {result.area:.4g}; written to {out / name}.json")
     found = {file.stem.removeprefix("curve-"): Curve.load(file) for file in sorted(out.glob("curve-*.json"))}
     plots.save_html(plots.curves(found), out / "curves.html")
-    typer.echo(result.to_frame().to_string(index=False, float_format="{:.4g}".format))
-    typer.echo(
-        f"area {result.area:.4g}; written to {out / name}.json, all curves of the folder are in {out / 'curves.html'}"
-    )
+    typer.echo(f"all curves of the folder are in {out / 'curves.html'}")
 
 
 @app.command()

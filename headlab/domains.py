@@ -193,7 +193,7 @@ def stack_curves(
 
     Args:
         fractions: shares of the stack's units to remove; the curves' `fractions` are shares of the stack's heads too.
-        log: a folder that gets one file a stack; a killed run goes on from there.
+        log: a file, as for `pruning_curve`, with the stack added to its name: `curve.jsonl` becomes `curve-enc.jsonl`.
         model, scores, batches, loss, metric, fill, unit: as for `pruning_curve`.
 
     Returns:
@@ -210,6 +210,7 @@ def stack_curves(
         raise HeadlabError(f"fractions are between 0 and 1, not {', '.join(map(str, bad))}")
     units = {(head.stack, head.row, head.group if unit == "group" else head.index) for row in labels for head in row}
     data: Any = list(batches)  # it is gone through once a stack
+    first, dot, last = (None, "", "") if log is None else Path(log).name.partition(".")
     found = {}
     for stack in stacks:
         order: HeadScores | Callable[[nn.Module], HeadScores]
@@ -220,7 +221,7 @@ def stack_curves(
         n = sum(name == stack for name, *_ in units)
         curve = pruning_curve(
             model, order, data, [round(fraction * n) / len(units) for fraction in fractions], loss=loss, metric=metric,
-            fill=fill, unit=unit, log=None if log is None else Path(log) / f"curve-{stack}.log.jsonl",
+            fill=fill, unit=unit, log=None if log is None else Path(log).with_name(f"{first}-{stack}{dot}{last}"),
         )  # fmt: skip
         of_stack = sum(head.stack == stack for row in labels for head in row)
         found[stack] = replace(curve, n_heads=of_stack, record=curve.record | {"stack": stack})

@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 
 import headlab as hl
+from headlab.domains import stack_curves
 
 from . import zoo
 from .conftest import Failing, Run
@@ -97,6 +98,30 @@ def test_a_killed_run_goes_on_to_the_same_file(run: Run, model: Path, text: Path
     assert run(*command, "-o", tmp_path / "killed")[0] == 0
     for name in ("curve-random.log.jsonl", "curve-random.json", "curve-random.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_curves_of_an_encoder_decoder_by_stack(run: Run, failing: Failing, model: Path, tmp_path: Path) -> None:
+    translator, out = save_with_tokenizer(zoo.build("t5"), tmp_path / "t5"), tmp_path / "results"
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("\n".join(f'{{"text": "w{i} w3 w4", "target": "w5 w{i}"}}' for i in range(5)))
+    command = ["curve", translator, "-t", lines, "-o", out, *SMALL, "--order", "random", "--steps", 2, "--by-stack"]
+    status, said, _ = run(*command)
+    assert status == 0
+    names = [f"curve-random-{stack}" for stack in ("enc", "dec", "cross")]
+    assert {f"{name}{end}" for name in names for end in (".json", ".csv", ".log.jsonl")} | {"curves.html"} == {
+        file.name for file in out.iterdir()
+    }
+    loaded = hl.load(translator)
+    batches = hl.read_batches(loaded, lines, examples=5, length=7, batch_size=3)
+    expected = stack_curves(loaded, hl.importance(loaded, method="random"), batches, (0.5, 1.0))
+    for name, curve in zip(names, expected.values(), strict=True):
+        assert hl.Curve.load(out / f"{name}.json").values.tolist() == curve.values.tolist()
+        assert f"{name}.json" in said
+    before = {file.name: file.read_bytes() for file in out.glob("*.json*")}
+    assert run(*command)[0] == 0
+    assert {file.name: file.read_bytes() for file in out.glob("*.json*")} == before
+    assert "--by-stack is for the output" in failing(*command, "--site", "scores")
+    assert "has one stack of heads" in failing("curve", model, *command[2:], *["-t", __file__])
 
 
 def test_other_results_are_never_replaced(run: Run, failing: Failing, model: Path, text: Path, tmp_path: Path) -> None:

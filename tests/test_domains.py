@@ -168,7 +168,7 @@ def test_only_of_something_else_is_refused() -> None:
 def test_stack_curves_remove_heads_of_one_stack(tmp_path: Path) -> None:
     model, batch = zoo.build("t5"), zoo.batch_for("t5")
     scores = hl.importance(model, [batch])
-    found = stack_curves(model, scores, [batch], (0.2, 0.5, 1.0), log=tmp_path)
+    found = stack_curves(model, scores, [batch], (0.2, 0.5, 1.0), log=tmp_path / "curve.log.jsonl")
     assert list(found) == ["enc", "dec", "cross"]
     for stack, curve in found.items():
         n = 15 if stack == "enc" else 10
@@ -182,7 +182,7 @@ def test_stack_curves_remove_heads_of_one_stack(tmp_path: Path) -> None:
         assert curve.record["stack"] == stack
     logs = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert sorted(logs) == ["curve-cross.log.jsonl", "curve-dec.log.jsonl", "curve-enc.log.jsonl"]
-    again = stack_curves(model, scores, [batch], (0.2, 0.5, 1.0), log=tmp_path)
+    again = stack_curves(model, scores, [batch], (0.2, 0.5, 1.0), log=tmp_path / "curve.log.jsonl")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == logs
     np.testing.assert_array_equal(again["dec"].values, found["dec"].values)
 
