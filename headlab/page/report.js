@@ -454,7 +454,7 @@ function openTab(name) {
 function start() {
   byId("model").textContent = data.model.name;
   const facts = data.model.facts;
-  byId("facts").textContent = [facts.class, data.heads.length && `${data.heads.length} heads in ${data.rows.length} rows`, facts.dtype,
+  byId("facts").textContent = [facts.class, data.heads.length && `${data.heads.length} heads in ${data.rows.length} row${data.rows.length === 1 ? "" : "s"}`, facts.dtype,
     facts.weights && `${facts.weights} weights`].filter(Boolean).join(" \u00b7 ");
   for (const tab of tabs) byId(`tab-${tab}`).addEventListener("click", () => openTab(tab));
   document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
