@@ -79,6 +79,27 @@ def test_curves_have_lines_and_bands(scores: hl.HeadScores) -> None:
     np.testing.assert_allclose(band.y[3:], bounds[::-1, 0])
 
 
+def test_the_curves_of_stacks_are_shares_of_stacks() -> None:
+    model = zoo.build("t5")
+    random = hl.importance(model, method="random")
+    whole = hl.pruning_curve(model, random, [zoo.batch_for("t5")], (0.5,))
+    by_stack = hl.stack_curves(model, random, [zoo.batch_for("t5")], (0.5,))
+    titles = [plots.curves(drawn).layout.xaxis.title.text for drawn in (by_stack, {"all": whole}, {"all": whole} | by_stack)]
+    assert titles == [
+        "heads of the stack removed (%)", "heads removed (%)", "heads removed (%), of the model or of the stack"
+    ]  # fmt: skip
+
+
+def test_names_are_text(scores: hl.HeadScores) -> None:
+    model, batch = zoo.build("llama-gqa"), zoo.batch_for("llama-gqa")
+    curve = hl.pruning_curve(model, scores, [batch], (0.5,))
+    line = plots.curves({"<a href='x'>%{y}</a>": curve}).data[-1]
+    assert line.name.startswith("&lt;a href='x'&gt;%&#123;y}&lt;/a&gt; (area")
+    assert "<a" not in line.hovertemplate
+    bar = plots.timing(hl.timing({"<b>": model}, [batch], repeats=1)).data[0]
+    assert bar.name == "&lt;b&gt;"
+
+
 def test_a_metric_has_no_band(scores: hl.HeadScores) -> None:
     model, batch = zoo.build("llama-gqa"), zoo.batch_for("llama-gqa")
     curve = hl.pruning_curve(model, scores, [batch], (0.5,), metric=lambda m, b: 0.25)

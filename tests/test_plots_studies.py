@@ -50,6 +50,17 @@ def test_p_is_told(p: float | None, told: str) -> None:
     assert studies._p(p) == told
 
 
+def test_names_are_text() -> None:
+    result = correlate(scores("gpt2", 0), scores("gpt2", 1), ("<b>news</b> %{x}", "$a$"))
+    figure = studies.correlation(result)
+    for told in (figure.layout.xaxis.title.text, figure.data[0].hovertemplate):
+        assert "&lt;b&gt;news&lt;/b&gt; %&#123;x}" in told
+    assert figure.layout.yaxis.title.text.endswith(", &#36;a&#36;")
+    figure = studies.profile(made([[1.0, 0.0]], "<i>run</i> %{y} 1"))
+    assert figure.data[0].name.startswith("&lt;i&gt;run&lt;/i&gt;")
+    assert "<b>&lt;i&gt;run&lt;/i&gt; %&#123;y}" in figure.data[0].hovertemplate
+
+
 def test_an_undefined_correlation_is_said() -> None:
     figure = studies.correlation(correlate(hl.HeadScores([[1.0, 2.0]]), hl.HeadScores([[1.0, 3.0]])))
     assert "not defined" in figure.layout.title.subtitle.text
@@ -70,10 +81,10 @@ def test_a_curve_per_checkpoint() -> None:
     assert len({trace.line.color for trace in figure.data}) == 3
 
 
-def made(values: list[list[float]]) -> Profile:
+def made(values: list[list[float]], name: str = "epoch") -> Profile:
     removed = [["L0H0"] * i for i in range(len(values[0]))]
     curves = [Curve(removed, np.array(row), np.zeros(0), len(row) - 1) for row in values]
-    return Profile([f"epoch {i}" for i in range(len(values))], [], curves, {"metric": "bleu"})
+    return Profile([f"{name} {i}" for i in range(len(values))], [], curves, {"metric": "bleu"})
 
 
 def test_a_metric_is_drawn_as_per_cent_of_its_own_and_a_hole_is_said() -> None:

@@ -6,7 +6,6 @@ A number of every head is drawn by `heads`: `plots.heads(table.scores("copying")
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from plotly.colors import sample_colorscale
 from ..circuit_tables import CircuitTable, Spectrum
 from ..errors import HeadlabError
 from ..vocabulary import Directions
+from .common import shown
 
 _LONGEST = 14  # characters of a token in a cell
 
@@ -121,10 +121,10 @@ def tokens_of(directions: Directions) -> go.Figure:
         column = columns.index((line["direction"], line["side"]))
         place = line["rank"] if line["end"] == "+" else 2 * n - 1 - line["rank"]
         z[place, column] = line["value"]
-        text[place, column] = _shown(line["token"])
+        text[place, column] = _token(line["token"])
         hover[place, column] = (
             f"<b>{directions.head}</b> {directions.circuit.upper()} direction {line['direction'] + 1}, singular value "
-            f"{line['singular_value']:.4g}<br>{sides[line['side']]} {_shown(line['token'], None)} (token {line['id']}): "
+            f"{line['singular_value']:.4g}<br>{sides[line['side']]} {_token(line['token'], None)} (token {line['id']}): "
             f"{line['value']:.4g}"
         )
     singular = {line["direction"]: line["singular_value"] for line in lines}
@@ -162,9 +162,9 @@ def tokens_of(directions: Directions) -> go.Figure:
     return figure
 
 
-def _shown(token: str, longest: int | None = _LONGEST) -> str:
+def _token(token: str, longest: int | None = _LONGEST) -> str:
     """A token as it can stand in a figure: spaces and line ends visible, not too long, no HTML."""
     visible = repr(token)[1:-1].replace(" ", "·")
     if longest is not None and len(visible) > longest:
         visible = visible[: longest - 1] + "…"
-    return escape(visible, quote=False).replace("$", "&#36;")  # plotly knows no &quot;, and reads a formula between dollars
+    return shown(visible)

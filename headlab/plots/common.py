@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def row_names(labels: Heads) -> list[str]:
     plain = not any(head.stack for row in labels for head in row)
     names = (str(number) if plain else f"row {number}" for number in range(len(labels)))
     return [f"{row[0].stack} {row[0].layer}".strip() if row else name for row, name in zip(labels, names, strict=True)]
+
+
+def shown(text: str) -> str:
+    """Text as it can stand in a figure, where it might be read as markup, as a formula or as a field of a hover text."""
+    return escape(text, quote=False).replace("$", "&#36;").replace("%{", "%&#123;")  # plotly knows no &quot;
 
 
 def save_html(figure: go.Figure, path: str | Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from html import escape
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..errors import HeadlabError
+from .common import shown
 
 if TYPE_CHECKING:
     from ..prompts import Pattern
@@ -101,5 +101,5 @@ def _labels(tokens: tuple[str, ...]) -> list[str]:
         seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
         seen = seen.strip() or repr(seen)
         seen = seen if len(seen) <= LONGEST else seen[: LONGEST - 1] + "…"
-        labels.append(f"{escape(seen, quote=False).replace('$', '&#36;')} ({place})")
+        labels.append(f"{shown(seen)} ({place})")
     return labels

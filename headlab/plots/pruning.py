@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from ..curves import Curve
 from ..scores import HeadRows, HeadScores
 from ..speed import Timing
-from .common import PALETTE, row_names
+from .common import PALETTE, row_names, shown
 
 
 def heads(scores: HeadRows, title: str | None = None) -> go.Figure:
@@ -61,10 +61,13 @@ def _unit(scores: HeadRows) -> str:
 
 
 def curves(curves: Mapping[str, Curve], title: str = "Pruning curves") -> go.Figure:
-    """Pruning curves over each other, as changes from the whole model, with 95 % intervals over examples."""
+    """Pruning curves over each other, as changes from the whole model, with 95 % intervals over examples.
+
+    Shares are of the model's heads; of curves by stack (`hl.stack_curves`) of the stack's.
+    """
     figure = go.Figure()
     what = "metric"
-    for number, (name, curve) in enumerate(curves.items()):
+    for number, (name, curve) in enumerate((shown(name), curve) for name, curve in curves.items()):
         colour, x = PALETTE[number % len(PALETTE)], 100 * curve.fractions
         if curve.record.get("metric") is None:
             what = "loss (nats)"
@@ -85,9 +88,11 @@ def curves(curves: Mapping[str, Curve], title: str = "Pruning curves") -> go.Fig
             customdata=curve.values,
             hovertemplate=f"<b>{name}</b><br>%{{text}}<br>change %{{y:.4g}}<br>value %{{customdata:.4g}}<extra></extra>",
         )
+    by_stack = {"stack" in curve.record for curve in curves.values()}
+    removed = "heads of the stack removed (%)" if by_stack == {True} else "heads removed (%)"
     figure.update_layout(
         title=title,
-        xaxis_title="heads removed (%)",
+        xaxis_title=removed if len(by_stack) < 2 else f"{removed}, of the model or of the stack",
         yaxis_title=f"change of {what}",
         legend={"x": 0.02, "y": 0.98},
     )
@@ -132,7 +137,7 @@ def timing(timing: Timing, title: str = "Latency of one forward pass") -> go.Fig
         figure.add_bar(
             x=[f"{b} x {p}" for b, p in zip(lines["batch"], lines["pos"], strict=True)],
             y=lines["ms"],
-            name=str(name),
+            name=shown(str(name)),
             error_y={
                 "type": "data",
                 "symmetric": False,
@@ -143,7 +148,7 @@ def timing(timing: Timing, title: str = "Latency of one forward pass") -> go.Fig
             textposition="inside",
             insidetextanchor="start",  # the error bar stands at the other end
             customdata=told,
-            hovertemplate=f"<b>{name}</b> %{{x}}<br>%{{y:.4g}} ms<br>%{{customdata}}<extra></extra>",
+            hovertemplate=f"<b>{shown(str(name))}</b> %{{x}}<br>%{{y:.4g}} ms<br>%{{customdata}}<extra></extra>",
         )
     machine = timing.record.get("device", "")
     figure.update_layout(title=title, xaxis_title=f"examples x tokens ({machine})", yaxis_title="milliseconds")

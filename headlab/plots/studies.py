@@ -8,16 +8,16 @@ from plotly.colors import sample_colorscale
 
 from ..checkpoints import Profile, step_of
 from ..domains import Correlation
-from .common import CHANCE, PALETTE
+from .common import CHANCE, PALETTE, shown
 
 
 def correlation(result: Correlation, title: str | None = None) -> go.Figure:
     """Scores on one set of data against scores on another: a point per head, coloured by stack, or by layer if there is one.
 
-    Michel, Levy & Neubig 2019, figure 3.
+    Michel, Levy & Neubig 2019, figure 2.
     """
     points = result.points()
-    one, other = result.names
+    one, other = map(shown, result.names)
     figure = go.Figure()
     hover = f"<b>%{{text}}</b><br>{one} %{{x:.4g}} (rank %{{customdata[0]:.0f}})<br>"
     hover += f"{other} %{{y:.4g}} (rank %{{customdata[1]:.0f}})<extra></extra>"
@@ -81,15 +81,15 @@ def profile(result: Profile, title: str = "Pruning over the course of training")
         figure.add_scatter(
             x=100 * curve.fractions,
             y=values,
-            name=f"{_short(name)} ({whole})",
+            name=f"{shown(_short(name))} ({whole})",
             mode="lines+markers",
             line_color=colour,
             text=told,
             customdata=curve.values,
-            hovertemplate=f"<b>{name}</b><br>%{{text}}<br>{what} %{{customdata:.4g}}, with all heads {whole}<br>"
+            hovertemplate=f"<b>{shown(name)}</b><br>%{{text}}<br>{what} %{{customdata:.4g}}, with all heads {whole}<br>"
             f"{'left' if by_metric else 'rise'} %{{y:.4g}}{unit}<extra></extra>",
         )
-    holes = [name for name, values in zip(result.names, relative, strict=True) if np.isnan(values).any()]
+    holes = [shown(name) for name, values in zip(result.names, relative, strict=True) if np.isnan(values).any()]
     left_out = f"no curve for {', '.join(holes)}: {what} not above zero" if holes else ""
     figure.update_layout(
         title={"text": title, "subtitle": {"text": left_out}} if holes else title,
