@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .composing import composition_scores, map_composition
     from .curves import Curve, pruning_curve
     from .dcmha.maps import CompositionMaps, composition_maps
-    from .domains import correlate, only
+    from .domains import correlate, stack_curves
     from .errors import HeadlabError
     from .exact import AblationScores, ablation
     from .families import Family, register
@@ -45,7 +45,7 @@ _HOME = {  # no module may have the name of something public: importing it would
     "composing": ("composition_scores", "map_composition"),
     "curves": ("Curve", "pruning_curve"),
     "dcmha.maps": ("CompositionMaps", "composition_maps"),
-    "domains": ("correlate", "only"),
+    "domains": ("correlate", "stack_curves"),
     "errors": ("HeadlabError",),
     "exact": ("AblationScores", "ablation"),
     "families": ("Family", "register"),
@@ -68,9 +68,9 @@ __all__ = [
     "AblationScores", "CompositionMaps", "Curve", "Family", "Fill", "Head", "HeadMask", "HeadScores", "HeadlabError",
     "Result", "Timing", "ablation", "attention_patterns", "bridge", "capture", "circuit_table", "composed_circuit",
     "composition_maps", "composition_scores", "correlate", "directions", "fill", "heads", "importance", "kept",
-    "load", "map_composition", "masked", "only", "ov", "own_loss", "patterns", "plots", "profile", "prune",
+    "load", "map_composition", "masked", "ov", "own_loss", "patterns", "plots", "profile", "prune",
     "pruning_curve", "qk", "read_batches", "register", "report", "roles", "save_pruned", "score_parts", "similarity",
-    "text_batches", "timing", "top_pairs",
+    "stack_curves", "text_batches", "timing", "top_pairs",
 ]  # fmt: skip
 
 

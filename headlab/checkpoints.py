@@ -73,7 +73,12 @@ class Profile(Result):
         Args:
             within: what the loss of heads may cost up to there: a share of the checkpoint's own metric, or nats of loss.
                 NaN where the metric of the whole checkpoint is not above zero.
+
+        Raises:
+            HeadlabError: `within` is negative.
         """
+        if within < 0:
+            raise HeadlabError(f"within is what the loss of heads may cost, 0 or more, not {within}")
         relative = self.relative
         cost = relative if self.record.get("metric") is None else 1 - relative
         good = np.logical_and.accumulate(~(cost > within + 1e-9), axis=1)  # [checkpoint, step]; step 0 costs nothing
@@ -165,50 +170,43 @@ def profile(
     record: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     total = len(models) if isinstance(models, Sequence) else None
-    bar = tqdm(total=total, desc="profile", unit="checkpoint", disable=None)
     left = iter(models)
-    while (given := next(left, None)) is not None:
-        name, model = _opened(given, device)
-        del given
-        data, other = prepare(model, testing), prepare(model, scored_on)
-        of_data = {"data": describe_data(data), "scored on": describe_data(other)}
-        if not record:
-            record = options | of_data
-            rows_before = RowLog(log, record)
-            done = list(rows_before.rows)
-        if {key: record[key] for key in of_data} != of_data:
-            raise HeadlabError(f"the checkpoint {name} turns the texts into other tokens than the first one did")
-        if name in (row["name"] for row in rows):
-            raise HeadlabError(f"two checkpoints are called {name!r}: give pairs (name, model) to tell them apart")
-        if len(rows) < len(done):
-            row = done[len(rows)]
-            if (row["name"], row["fingerprint"]) != (name, describe(model)["fingerprint"]):
-                raise HeadlabError(
-                    f"{log} goes on with the checkpoint {row['name']} ({row['fingerprint']}), but checkpoint number "
-                    f"{len(rows)} is {name} ({describe(model)['fingerprint']}): choose another file, or remove it"
-                )
-        else:
-            scores: HeadScores
-            if method == "taylor":
-                scores = importance(model, other, loss=loss, normalize=normalize)
+    with tqdm(total=total, desc="profile", unit="checkpoint", disable=None) as bar:
+        while (given := next(left, None)) is not None:
+            name, model = _opened(given, device)
+            del given
+            data, other = prepare(model, testing), prepare(model, scored_on)
+            of_data = {"data": describe_data(data), "scored on": describe_data(other)}
+            if not record:
+                record = options | of_data
+                log_of_rows = RowLog(log, record)
+                done = list(log_of_rows.rows)
+            if {key: record[key] for key in of_data} != of_data:
+                raise HeadlabError(f"the checkpoint {name} turns the texts into other tokens than the first one did")
+            if name in (row["name"] for row in rows):
+                raise HeadlabError(f"two checkpoints are called {name!r}: give pairs (name, model) to tell them apart")
+            if len(rows) < len(done):
+                row = done[len(rows)]
+                _check_same(row, name, model, len(rows), log)
             else:
-                scores = ablation(model, other, loss=loss)
-            if rows and [len(part) for part in scores.rows] != (before := [len(part) for part in rows[0]["scores"]["rows"]]):
-                raise HeadlabError(
-                    f"the checkpoint {name} has other heads than the first one, which has {before} in its layers"
-                )
-            curve = pruning_curve(model, scores, data, fractions, loss=None if metric else loss, metric=metric)
-            row = _saved(name, scores, curve)
-            rows_before.append(row)
-        rows.append(row)
-        bar.update()
-        del model  # before the next one is opened
-    bar.close()
+                scores: HeadScores
+                if method == "taylor":
+                    scores = importance(model, other, loss=loss, normalize=normalize)
+                else:
+                    scores = ablation(model, other, loss=loss)
+                _check_heads(name, scores, rows)
+                curve = pruning_curve(model, scores, data, fractions, loss=None if metric else loss, metric=metric)
+                row = _saved(name, scores, curve)
+                log_of_rows.append(row)
+            rows.append(row)
+            bar.update()
+            del model  # before the next one is opened
     if not rows:
         raise HeadlabError("there are no checkpoints: expected folders, or pairs of a name and a model")
     if len(rows) < len(done):
         raise HeadlabError(f"{log} holds {len(done)} checkpoints, but {len(rows)} were given: choose another file")
-    return Profile(*_read(rows), record)
+    known = {row["name"]: row["fingerprint"] for row in rows}
+    return Profile(*_read(rows), record | {"checkpoints": known, "model": rows[-1]["scores"]["record"]["model"]})
 
 
 def checkpoint_folders(folder: str | Path) -> list[Path]:
@@ -237,6 +235,23 @@ def _opened(given: Checkpoint, device: str | None) -> tuple[str, nn.Module]:
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], nn.Module):
         return str(given[0]), given[1]
     raise HeadlabError(f"a checkpoint is a folder, or a pair of a name and a model, not a {type(given).__name__}")
+
+
+def _check_same(row: dict[str, Any], name: str, model: nn.Module, number: int, log: Any) -> None:
+    """Whether a row of the log is of this checkpoint."""
+    fingerprint = describe(model)["fingerprint"]
+    if (row["name"], row["fingerprint"]) != (name, fingerprint):
+        raise HeadlabError(
+            f"{log} goes on with the checkpoint {row['name']} ({row['fingerprint']}), but checkpoint number {number} is "
+            f"{name} ({fingerprint}): choose another file, or remove it"
+        )
+
+
+def _check_heads(name: str, scores: HeadScores, rows: Sequence[dict[str, Any]]) -> None:
+    """Whether a checkpoint has as many heads in every layer as the first one."""
+    before = [len(part) for part in rows[0]["scores"]["rows"]] if rows else None
+    if before is not None and [len(part) for part in scores.rows] != before:
+        raise HeadlabError(f"the checkpoint {name} has other heads than the first one, which has {before} in its layers")
 
 
 def _saved(name: str, scores: HeadScores, curve: Curve) -> dict[str, Any]:

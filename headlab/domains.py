@@ -115,12 +115,15 @@ def correlate(a: HeadScores, b: HeadScores, names: tuple[str, str] = ("first dat
         names: what to call the two data sets.
 
     Raises:
-        HeadlabError: the two are of different models or different heads.
+        HeadlabError: the two are of different models, heads or sites, or one is of heads alone and the other not.
 
     >>> correlate(hl.ablation(model, news), hl.ablation(model, tales), ("news", "tales")).r  # doctest: +SKIP
     0.56
     """
     b.check(a.labels, a.record.get("model", {}).get("fingerprint"))
+    for key, usual in (("site", "output"), ("keep_one", False)):
+        if (one := a.record.get(key, usual)) != (other := b.record.get(key, usual)):
+            raise HeadlabError(f"the two scores are not of the same kind: one has {key} {one}, the other {key} {other}")
     if a.heads is not None and b.heads is not None and (mixed := _differ(a.heads, b.heads)):
         raise HeadlabError(f"the two scores are of different heads: one has {mixed[0]} where the other has {mixed[1]}")
     labels = a.labels if a.heads is not None else b.labels
@@ -224,5 +227,6 @@ def stack_curves(
             fill=fill, unit=unit, log=None if log is None else Path(log).with_name(f"{first}-{stack}{dot}{last}"),
         )  # fmt: skip
         of_stack = sum(head.stack == stack for row in labels for head in row)
-        found[stack] = replace(curve, n_heads=of_stack, record=curve.record | {"stack": stack})
+        curve = replace(curve, n_heads=of_stack)  # so that its fractions are of the stack
+        found[stack] = replace(curve, record=curve.record | {"stack": stack, "fractions": curve.fractions.tolist()})
     return found

@@ -206,7 +206,8 @@ def profile(
     result = folder.store(result, out / "profile.json")
     folder.write_csv(result, out / "profile.csv")
     plots.save_html(plots.profile(result), out / "profile.html")
-    typer.echo("share of heads that can go within a tenth: " + ", ".join(f"{n} {x:.0%}" for n, x in result.top(len(found))))
+    shares = zip(result.names, result.removable(0.1), strict=True)
+    typer.echo("heads that can go for 0.1 nats of loss: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
     typer.echo(f"{len(found)} checkpoints; written to {out / 'profile.json'}")
 
 

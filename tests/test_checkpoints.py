@@ -17,6 +17,7 @@ import headlab as hl
 from headlab import checkpoints
 from headlab.checkpoints import Profile, checkpoint_folders, profile
 from headlab.curves import Curve
+from headlab.models import describe
 
 from . import words, zoo
 
@@ -89,6 +90,8 @@ def test_what_can_be_removed() -> None:
     losses = made([[2.0, 2.05, 2.2, 1.0]], metric=None)
     np.testing.assert_allclose(losses.relative, [[0, 0.05, 0.2, -1]])
     np.testing.assert_allclose(losses.removable(0.1), [1 / 3])
+    with pytest.raises(hl.HeadlabError, match=r"0 or more, not -0\.1"):
+        losses.removable(-0.1)
 
 
 def test_saved_and_read_back(tmp_path: Path) -> None:
@@ -178,6 +181,9 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (tmp_path / "part.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     np.testing.assert_array_equal(again.values, whole.values)
     assert again.record == whole.record
+    marks = {name: describe(model)["fingerprint"] for name, model in pairs()}
+    assert whole.record["checkpoints"] == marks
+    assert whole.record["model"]["fingerprint"] == marks["step-20"]
     assert len((tmp_path / "whole.jsonl").read_text().splitlines()) == 4
     assert json.loads((tmp_path / "whole.jsonl").read_text().splitlines()[1])["name"] == "step-0"
 

@@ -118,6 +118,17 @@ def test_saved_and_read_back(tmp_path: Path) -> None:
     assert again.points().equals(found.points())
 
 
+def test_scores_of_different_kinds_are_refused() -> None:
+    model, batch = zoo.build("dcformer-gqa"), zoo.batch_for("dcformer-gqa")
+    output, scores = hl.importance(model, [batch]), hl.importance(model, [batch], site="scores")
+    with pytest.raises(hl.HeadlabError, match="one has site output, the other site scores"):
+        correlate(output, scores)
+    assert correlate(scores, scores).rho == pytest.approx(1)
+    gone, alone = (hl.ablation(zoo.build("gpt2"), [zoo.batch_for("gpt2")], keep_one=one) for one in (False, True))
+    with pytest.raises(hl.HeadlabError, match="one has keep_one False, the other keep_one True"):
+        correlate(gone, alone)
+
+
 def test_scores_of_different_models_or_heads_are_refused() -> None:
     gpt2, other = zoo.build("gpt2"), zoo.build("gpt2", seed=1)
     scores = hl.importance(gpt2, method="random")
@@ -180,6 +191,7 @@ def test_stack_curves_remove_heads_of_one_stack(tmp_path: Path) -> None:
             with hl.masked(model, hl.HeadMask.without(hl.heads(model), names)), torch.inference_mode():
                 assert value == pytest.approx(float(hl.own_loss(model, batch).mean()), rel=1e-5)
         assert curve.record["stack"] == stack
+        assert curve.record["fractions"] == curve.fractions.tolist()
     logs = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert sorted(logs) == ["curve-cross.log.jsonl", "curve-dec.log.jsonl", "curve-enc.log.jsonl"]
     again = stack_curves(model, scores, [batch], (0.2, 0.5, 1.0), log=tmp_path / "curve.log.jsonl")
