@@ -91,8 +91,19 @@ def parameters(model: nn.Module) -> dict[str, int]:
     return {"all": sum(counts.values()), "without embeddings": sum(counts.values()) - outside, "maps": maps}
 
 
+def warm_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A warm-up over the first twentieth of the steps, then a cosine down to a tenth."""
+    warm = max(1, steps // 20)
+
+    def rate(step: int) -> float:
+        along = min(1.0, (step - warm) / max(1, steps - warm))
+        return (step + 1) / warm if step < warm else 0.1 + 0.45 * (1 + math.cos(math.pi * along))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
 class Trainer:
-    """AdamW, a warm-up over the first twentieth of the steps, then a cosine down to a tenth; gradients clipped at 1."""
+    """AdamW with `warm_cosine`; gradients clipped at 1."""
 
     def __init__(self, model: nn.Module, size: Size, dtype: str, device: str) -> None:
         self.model, self.device, self.dtype = model, device, getattr(torch, dtype)
@@ -100,13 +111,7 @@ class Trainer:
         vectors = [p for p in model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=size.lr, betas=(0.9, 0.95), fused=device.startswith("cuda"))
-        warm = max(1, size.steps // 20)
-
-        def rate(step: int) -> float:
-            along = min(1.0, (step - warm) / max(1, size.steps - warm))
-            return (step + 1) / warm if step < warm else 0.1 + 0.45 * (1 + math.cos(math.pi * along))
-
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        self.schedule = warm_cosine(self.optimizer, size.steps)
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean over all tokens but the first of [batch, seq + 1], in nats."""

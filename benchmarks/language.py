@@ -175,8 +175,10 @@ class Language:
                 object_ = other
             elif what == 2:
                 verb = rng.choice([v for v in range(self.VERBS) if v not in {c.verb for c in clauses}])
-            elif what == 3:
+            elif what == 3 and subject.noun != object_.noun:
                 subject, object_ = object_, subject
+            elif what == 3:  # the same noun twice: turned round, it might still follow
+                object_ = other
             else:
                 tense = (tense + rng.randrange(1, self.TENSES)) % self.TENSES
         bare = [NounPhrase(phrase.noun, phrase.many) for phrase in (subject, object_)]

@@ -6,8 +6,8 @@
 Both live on a small made-up language (`benchmarks/language.py`). The translator (T5, 6 layers of 8 heads in each of three
 stacks) turns it into another one. The classifier (BERT, 6 layers of 8 heads) says whether a second sentence follows from a
 first one, contradicts it, or neither; like BERT it first learns to guess masked words, of many sentences without answers,
-and then from few answers: without that it never gets beyond counting negations. No sentence of the training set is in the
-others.
+and then from few answers: without that it never gets beyond counting negations. No example of the training set is in the
+other sets.
 
 Checkpoints are saved at fixed shares of the training, like the epochs of Michel, Levy & Neubig 2019, figure 5.
 """
@@ -37,7 +37,10 @@ from transformers import (
 )
 
 from headlab.batches import IGNORED, Batch
+from headlab.results import building
+from synthetic_tasks.training import faster_products
 
+from .dcmha_train import warm_cosine
 from .language import BETWEEN, DOMAINS, END, LABELS, MASK, START, Language
 
 SHARES = (1 / 20, 2 / 20, 3 / 20, 5 / 20, 10 / 20, 15 / 20, 1.0)  # of training, at which a checkpoint is saved
@@ -55,7 +58,7 @@ class Size:
     batch: int = 512
     lr: float = 1e-3
     pool: int = 50_000  # training examples, shown over and over
-    masked: int = 0  # steps of guessing masked words before training
+    masked: int = 0  # steps of guessing masked words before training, of the classifier
     texts: int = 200_000  # sentences for that
 
 
@@ -196,23 +199,28 @@ def build(task: str, size: Size) -> PreTrainedModel:
 
 
 def train(task: str, out: Path, steps: int, size: Size | None = None, device: str = "cpu", seed: int = 0) -> PreTrainedModel:
-    """Train a model and save it at every one of the `SHARES` of the way, as `out/step-00100` and so on."""
+    """Train a model and save it at every one of the `SHARES` of the way, as `out/step-00100` and so on.
+
+    The folder is there when all of it is.
+    """
     torch.manual_seed(seed)
     size = size or SIZES[task]
     model = build(task, size).to(device).train()
-    if size.masked:
+    if task == "classifier" and size.masked:
         guesses = BertForMaskedLM(model.config).to(device).train()
         texts = examples(task, "train", size.texts, seed)
         fit(guesses, texts, size.masked, size, masked_loss, "guessing masked words", seed)
-        model.bert.load_state_dict(guesses.bert.state_dict(), strict=False)  # all but the pooler, which it has not
+        model.bert.load_state_dict(model.bert.state_dict() | guesses.bert.state_dict())  # it has all but the pooler
     saved = {max(1, round(share * steps)) for share in SHARES}
 
-    def save(step: int) -> None:
-        if step in saved:
-            model.save_pretrained(out / f"step-{step:05d}")
-
     pool = examples(task, "train", size.pool, seed)
-    fit(model, pool, steps, size, lambda model, batch: model(**batch).loss, f"training the {task}", seed, save)
+    with building(out) as folder:
+
+        def save(step: int) -> None:
+            if step in saved:
+                model.save_pretrained(folder / f"step-{step:05d}")
+
+        fit(model, pool, steps, size, lambda model, batch: model(**batch).loss, f"training the {task}", seed, save)
     return model.eval()
 
 
@@ -235,28 +243,20 @@ def fit(
     seed: int = 0,
     after: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """AdamW, a warm-up over a twentieth of the steps, then a cosine down to a tenth; bfloat16 autocast on a GPU."""
+    """AdamW with `warm_cosine`; bfloat16 autocast on a GPU."""
     device = model.device
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.set_float32_matmul_precision("high")
     pool = {name: value.to(device) for name, value in pool.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, weight_decay=0.01, fused=on_gpu)
-    warm = max(1, steps // 20)
-
-    def rate(step: int) -> float:
-        along = (step - warm) / max(1, steps - warm)
-        return (step + 1) / warm if step < warm else 0.1 + 0.45 * (1 + math.cos(math.pi * along))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedule = warm_cosine(optimizer, steps)
     draw = torch.Generator().manual_seed(seed)
     bar = tqdm(range(1, steps + 1), desc=desc, unit="step", disable=None)
     for step in bar:
         rows = torch.randint(len(pool["labels"]), (size.batch,), generator=draw).to(device)
         batch = {name: value[rows] for name, value in pool.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+        with faster_products(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
             loss = loss_of(model, batch)
-        loss.backward()
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

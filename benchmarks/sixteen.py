@@ -6,12 +6,14 @@
 
 One head off, all but one, what each kind of attention can lose, two domains, the course of training, and speed at half the
 heads: of the translator and the classifier of `benchmarks/sequence.py`; speed also of BERT-base with random weights. What is
-in RUN already is not made again: after a kill, the same command goes on. Six minutes on one GPU.
+in RUN already is not made again: after a kill, the same command goes on, and one with other options is refused. Six minutes
+on one GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ import headlab as hl
 from headlab.batches import Batch, Loss, Metric
 from headlab.checkpoints import checkpoint_folders, profile
 from headlab.curves import TENTHS
-from headlab.domains import correlate, stack_curves
-from headlab.results import Result
+from headlab.errors import HeadlabError
+from headlab.results import Result, read_json, write
 from headlab.speed import shapes
 
 from .language import DOMAINS
@@ -33,6 +35,7 @@ from .sequence import LONGEST, accuracy, add_sizes, bleu, cut, examples, given_s
 
 TASKS = ("translator", "classifier")
 BASE = "bert-base"
+STACKS = ("enc", "dec", "cross")
 METRICS: dict[str, Metric] = {"translator": bleu, "classifier": accuracy}
 SPEED_BATCHES = (1, 4, 16, 64)
 FRACTIONS = TENTHS
@@ -41,6 +44,8 @@ FRACTIONS = TENTHS
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     for task in options.only.split(","):
+        if options.command != "report" and task != BASE:
+            same_options(task, options)
         if options.command in ("all", "train") and task != BASE:
             models(task, options)
         if options.command in ("all", "study"):
@@ -66,10 +71,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def same_options(task: str, options: argparse.Namespace) -> None:
+    """Raise unless RUN was begun with the same training and the same sentences."""
+    path = options.out / f"{task}-options.json"
+    asked = vars(given_size(task, options)) | {"steps": options.steps, "examples": options.examples}
+    if not path.exists():
+        write(path, lambda file: file.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8"))
+    elif (begun := read_json(path)) != asked:
+        differ = ", ".join(f"{name} {begun.get(name)}" for name in asked if begun.get(name) != asked[name])
+        raise HeadlabError(f"{options.out} was begun with {differ}: give the same options, or choose another --out")
+
+
 def models(task: str, options: argparse.Namespace) -> None:
-    """Train a model, unless its last checkpoint is there."""
+    """Train a model, unless it is there."""
     folder = options.out / "models" / task
-    if not (folder / f"step-{options.steps:05d}" / "config.json").exists():
+    if not folder.exists():
         train(task, folder, options.steps, given_size(task, options), options.device)
 
 
@@ -98,8 +114,8 @@ def study(task: str, options: argparse.Namespace) -> None:
     }
     for name, order in orders.items():
         once(f"curve-{name}", lambda: hl.pruning_curve(model, order, testing, FRACTIONS, metric=metric))
-    if task == "translator" and not (out / f"{task}-curve-cross.json").exists():
-        for stack, curve in stack_curves(model, orders["taylor"], testing, FRACTIONS, metric=metric).items():
+    if task == "translator" and not all((out / f"{task}-curve-{stack}.json").exists() for stack in STACKS):
+        for stack, curve in hl.stack_curves(model, orders["taylor"], testing, FRACTIONS, metric=metric).items():
             curve.save(out / f"{task}-curve-{stack}.json")
     log = options.out / "logs" / f"{task}-profile.jsonl"
     once("profile", lambda: profile(
@@ -111,7 +127,7 @@ def study(task: str, options: argparse.Namespace) -> None:
     losses = [exact(f"one-off-loss-{domain}", data, hl.own_loss) for domain, data in of.items()]
     importances = [hl.importance(model, data) for data in of.values()]
     for name, (one, other) in (("ablation", wrongs), ("loss", losses), ("importance", importances)):
-        once(f"domains-{name}", lambda: correlate(one, other, DOMAINS))
+        once(f"domains-{name}", lambda: hl.correlate(one, other, DOMAINS))
     once("timing", lambda: halved(model, orders["taylor"], options.repeats))
 
 
