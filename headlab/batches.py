@@ -56,7 +56,8 @@ def prepare(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
             raise HeadlabError(f"batch {number} is empty: input_ids has the shape {tuple(main.shape)}, not [batch, pos]")
         if context is not None and main.shape[1] > context:
             raise HeadlabError(
-                f"batch {number} is {main.shape[1]} tokens long, but the model's context is {context}: cut it first"
+                f"batch {number} is {main.shape[1]} tokens long, but the model's context is {context}: cut its examples to "
+                f"that (length={context}, or --length {context})"
             )
         if not _mask(moved, main).any(-1).all():
             raise HeadlabError(f"batch {number} has an example without a single real token")

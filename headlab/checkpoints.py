@@ -218,6 +218,10 @@ def checkpoint_folders(folder: str | Path) -> list[Path]:
         HeadlabError: there are none.
     """
     found = [path.parent for path in Path(folder).glob("*/config.json")]
+    if not Path(folder).is_dir():
+        raise HeadlabError(f"there is no folder {folder}: expected that of a training run, with a checkpoint in each folder")
+    if not found and (Path(folder) / "config.json").exists():
+        raise HeadlabError(f"{folder} is one model, not a training run: give the folder above it")
     if not found:
         raise HeadlabError(f"no folder in {folder} holds a model (a config.json): expected checkpoints of a training run")
     return sorted(found, key=lambda path: ((step := step_of(path.name)) is None, step or 0, path.name))

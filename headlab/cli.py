@@ -202,8 +202,8 @@ def curve(
     for name, result in results.items():
         result = folder.store(result, out / f"{name}.json")
         folder.write_csv(result, out / f"{name}.csv")
+        typer.echo(f"{name}: area {result.area:.4g}; written to {out / name}.json")
         typer.echo(result.to_frame().to_string(index=False, float_format="{:.4g}".format))
-        typer.echo(f"area {result.area:.4g}; written to {out / name}.json")
     found = {file.stem.removeprefix("curve-"): Curve.load(file) for file in sorted(out.glob("curve-*.json"))}
     plots.save_html(plots.curves(found), out / "curves.html")
     typer.echo(f"all curves of the folder are in {out / 'curves.html'}")

@@ -115,14 +115,22 @@ def correlate(a: HeadScores, b: HeadScores, names: tuple[str, str] = ("first dat
         names: what to call the two data sets.
 
     Raises:
-        HeadlabError: the two are of different models, heads or sites, or one is of heads alone and the other not.
+        HeadlabError: the two are of different models or heads, or were not made in the same way (method, site, what stands
+            in for a head); two equal names.
 
     >>> correlate(hl.ablation(model, news), hl.ablation(model, tales), ("news", "tales")).r  # doctest: +SKIP
     0.56
     """
-    b.check(a.labels, a.record.get("model", {}).get("fingerprint"))
-    for key, usual in (("site", "output"), ("keep_one", False)):
-        if (one := a.record.get(key, usual)) != (other := b.record.get(key, usual)):
+    sizes = [[len(row) for row in scores.rows] for scores in (a, b)]
+    if sizes[0] != sizes[1]:
+        raise HeadlabError(f"the two scores are of different heads: one has {sizes[0]} in its layers, the other {sizes[1]}")
+    models = [scores.record.get("model", {}).get("fingerprint") for scores in (a, b)]
+    if None not in models and models[0] != models[1]:
+        raise HeadlabError(f"the two scores are of different models: one of {models[0]}, the other of {models[1]}")
+    if names[0] == names[1]:
+        raise HeadlabError(f"both data sets are called {names[0]!r}: give them two names")
+    for key, one in _kind(a).items():
+        if one != (other := _kind(b)[key]):
             raise HeadlabError(f"the two scores are not of the same kind: one has {key} {one}, the other {key} {other}")
     if a.heads is not None and b.heads is not None and (mixed := _differ(a.heads, b.heads)):
         raise HeadlabError(f"the two scores are of different heads: one has {mixed[0]} where the other has {mixed[1]}")
@@ -136,6 +144,16 @@ def correlate(a: HeadScores, b: HeadScores, names: tuple[str, str] = ("first dat
         lines.append({"over": name} | _coefficients(one, other))
     record = {"method": "correlation", "model": a.record.get("model") or b.record.get("model") or {}}
     return Correlation(labels, a.rows, b.rows, names, lines, record | {"first": a.record, "second": b.record})
+
+
+def _kind(scores: HeadScores) -> dict[str, Any]:
+    """How scores were made, as far as only scores made alike can be compared."""
+    record = scores.record
+    stand_in = (record.get("fill") or {}).get("method", "zero")
+    return {
+        "method": record.get("method"), "site": record.get("site", "output"), "keep_one": record.get("keep_one", False),
+        "reduction": record.get("reduction"), "fill": stand_in,
+    }  # fmt: skip
 
 
 def _differ(one: Heads, other: Heads) -> tuple[Head, Head] | None:
@@ -208,7 +226,10 @@ def stack_curves(
     labels = head_rows(model)
     stacks = list(dict.fromkeys(head.stack for row in labels for head in row))
     if len(stacks) < 2:
-        raise HeadlabError(f"{type(model).__name__} has one stack of heads: use pruning_curve")
+        name = type(model).__name__
+        raise HeadlabError(
+            f"{name} has one stack of heads, with nothing to take apart: use pruning_curve (without --by-stack)"
+        )
     if bad := [f for f in fractions if not 0 <= f <= 1]:
         raise HeadlabError(f"fractions are between 0 and 1, not {', '.join(map(str, bad))}")
     units = {(head.stack, head.row, head.group if unit == "group" else head.index) for row in labels for head in row}

@@ -179,6 +179,10 @@ def correlate(
     folder.write_csv(found, out / "correlation.csv")
     plots.save_html(plots.correlation(found), out / "correlation.html")
     typer.echo(found.to_frame().to_string(index=False, float_format="{:.3g}".format))
+    if found.r is None:
+        typer.echo("not defined over all heads: there are fewer than three, or all have the same score")
+    if found.record["first"].get("data") == found.record["second"].get("data") is not None:
+        typer.echo("note: both scores are of the same data")
     typer.echo(f"written to {out / 'correlation.json'}")
 
 
@@ -187,6 +191,9 @@ def profile(
     checkpoints: Checkpoints,
     text: Text,
     out: Out = Path("results"),
+    scoring: Annotated[
+        Path | None, typer.Option(help="What heads are scored on, if not on the text that the curves are measured on.")
+    ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Score by exact removal, not by gradients.")] = False,
     examples: Examples = 16,
     length: Length = 64,
@@ -200,9 +207,13 @@ def profile(
     from .checkpoints import profile as over_training
 
     found = checkpoint_folders(checkpoints)
-    data = folder.batches(folder.open_model(str(found[0]), Dtype.auto, device), text, examples, length, batch_size, seed)
+    first = folder.open_model(str(found[0]), Dtype.auto, device)
+    data, other = (
+        None if file is None else folder.batches(first, file, examples, length, batch_size, seed) for file in (text, scoring)
+    )
     method = "ablation" if exact else "taylor"
-    result = over_training(found, data, method=method, log=out / "profile.log.jsonl", device=device)  # type: ignore[arg-type]
+    log = out / "profile.log.jsonl"
+    result = over_training(found, data, scoring=other, method=method, log=log, device=device)  # type: ignore[arg-type]
     result = folder.store(result, out / "profile.json")
     folder.write_csv(result, out / "profile.csv")
     plots.save_html(plots.profile(result), out / "profile.html")

@@ -56,6 +56,8 @@ def load(
 def _from_pretrained(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
     from . import dcmha, pruned  # noqa: F401 (they tell AutoConfig of their models, which may come from the hub too)
 
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise HeadlabError(f"cannot open the model {name!r}: there is no such folder")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False) if not _is_pruned(name) else _pruned_config(name)
         found = _class_of(config).from_pretrained(name, config=config, dtype=dtype)
@@ -238,12 +240,16 @@ def tokenizer(model: nn.Module) -> PreTrainedTokenizerBase | None:
     the first token in front."""
     own = cast("PreTrainedTokenizerBase | None", model.tokenizer if is_bridge(model) else None)
     name = inner(model).config._name_or_path
-    if not name:
-        return own
+    if not name or (Path(name).is_dir() and not any(map(_of_tokenizer, Path(name).iterdir()))):
+        return own  # of a folder without one, transformers makes up an empty one
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError):
         return own
+
+
+def _of_tokenizer(file: Path) -> bool:
+    return file.name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece"))
 
 
 def fingerprint(model: nn.Module) -> str:

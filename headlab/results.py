@@ -91,7 +91,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise HeadlabError(f"could not read {path}: {_reason(error)}") from error
     except (UnicodeDecodeError, json.JSONDecodeError):
-        raise HeadlabError(f"{path} is not a headlab result (it is not JSON)") from None
+        raise HeadlabError(
+            f"{path} is not a headlab result, or cut off (it is not JSON): remove it to make it again"
+        ) from None
     if not isinstance(data, dict):
         raise HeadlabError(f"{path} is not a headlab result")
     return data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,9 @@ def read_batches(
     """Batches for a model's own loss, from a file.
 
     A causal language model reads running text; so does a masked one, which has to find 15 % of the tokens again (drawn by
-    `seed`). Other models read JSON lines: `{"text": ..., "label": ...}` for a classifier (the label a number),
-    `{"text": ..., "target": ...}` for an encoder-decoder; texts are cut to `length` tokens and padded.
+    `seed`). Other models read JSON lines: `{"text": ..., "label": ...}` for a classifier (the label a number, or its name
+    in the configuration), `{"text": ..., "target": ...}` for an encoder-decoder; texts are cut to `length` tokens, and
+    padded.
 
     Raises:
         HeadlabError: the file cannot be read or is not of the form that the model needs; the model has no tokenizer.
@@ -69,7 +71,8 @@ def read_batches(
     wanted = {"ForSequenceClassification": "label", "ForConditionalGeneration": "target"}.get(kind)
     if wanted is None:
         raise HeadlabError(f"headlab cannot make batches for {type(model).__name__} from a file: make them in Python")
-    rows = _json_lines(text, path, wanted)[:examples]
+    names = dict(model.config.label2id or {}) if wanted == "label" else None  # type: ignore[union-attr, arg-type]
+    rows = _json_lines(text, path, wanted, names)[:examples]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return [_labelled(tokenizer, rows[i : i + batch_size], wanted, length) for i in range(0, len(rows), batch_size)]
@@ -88,15 +91,22 @@ def _hide_tokens(tokenizer: PreTrainedTokenizerBase, batches: list[dict[str, Ten
     return hidden
 
 
-def _json_lines(text: str, path: str | Path, wanted: str) -> list[dict[str, str | int | float]]:
+def _json_lines(
+    text: str, path: str | Path, wanted: str, labels: dict[str, int] | None
+) -> list[dict[str, str | int | float]]:
+    """Texts with targets, or with labels; `labels` has the numbers of those by name."""
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            if labels is not None and isinstance(row[wanted], str):
+                row[wanted] = labels[row[wanted]] if row[wanted] in labels else _no_label(path, number, row[wanted], labels)
             if not isinstance(row["text"], str) or not isinstance(row[wanted], str if wanted == "target" else int | float):
                 raise TypeError
+            if labels is not None and len(labels) > 1 and row[wanted] not in labels.values():
+                _no_label(path, number, row[wanted], labels)
             rows.append({"text": row["text"], wanted: row[wanted]})
         except (json.JSONDecodeError, KeyError, TypeError):
             raise HeadlabError(
@@ -106,6 +116,11 @@ def _json_lines(text: str, path: str | Path, wanted: str) -> list[dict[str, str 
     if not rows:
         raise HeadlabError(f"{path} holds no examples")
     return rows
+
+
+def _no_label(path: str | Path, number: int, label: object, labels: dict[str, int]) -> NoReturn:
+    known = ", ".join(f"{i} ({name})" for name, i in labels.items())
+    raise HeadlabError(f"{path}, line {number}: the model has no label {label!r}; it has {known}")
 
 
 def _labelled(

@@ -118,8 +118,13 @@ def test_folders_are_sorted_by_their_step(tmp_path: Path) -> None:
     (tmp_path / "step-7").mkdir()  # nothing in it
     (tmp_path / "log.txt").write_text("")
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-3", "step-20", "step-100", "best", "final"]
-    with pytest.raises(hl.HeadlabError, match=r"config\.json"):
+    with pytest.raises(hl.HeadlabError, match=r"holds a model \(a config\.json\)"):
+        checkpoint_folders(tmp_path / "step-7")
+    with pytest.raises(hl.HeadlabError, match="is one model, not a training run: give the folder above it"):
         checkpoint_folders(tmp_path / "final")
+    for name in ("nothing", "log.txt"):
+        with pytest.raises(hl.HeadlabError, match="there is no folder"):
+            checkpoint_folders(tmp_path / name)
 
 
 def test_a_training_run_and_its_folders_one_by_one(tmp_path: Path) -> None:

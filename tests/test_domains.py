@@ -127,14 +127,21 @@ def test_scores_of_different_kinds_are_refused() -> None:
     gone, alone = (hl.ablation(zoo.build("gpt2"), [zoo.batch_for("gpt2")], keep_one=one) for one in (False, True))
     with pytest.raises(hl.HeadlabError, match="one has keep_one False, the other keep_one True"):
         correlate(gone, alone)
+    gpt2, data = zoo.build("gpt2"), [zoo.batch_for("gpt2")]
+    with pytest.raises(hl.HeadlabError, match="one has fill zero, the other fill mean"):
+        correlate(gone, hl.ablation(gpt2, data, fill=hl.fill(gpt2, data)))
+    with pytest.raises(hl.HeadlabError, match="one has method ablation, the other method taylor"):
+        correlate(gone, hl.importance(gpt2, data))
+    with pytest.raises(hl.HeadlabError, match="both data sets are called 'a'"):
+        correlate(gone, gone, ("a", "a"))
 
 
 def test_scores_of_different_models_or_heads_are_refused() -> None:
     gpt2, other = zoo.build("gpt2"), zoo.build("gpt2", seed=1)
     scores = hl.importance(gpt2, method="random")
-    with pytest.raises(hl.HeadlabError, match="another model"):
+    with pytest.raises(hl.HeadlabError, match="different models"):
         correlate(scores, hl.importance(other, method="random"))
-    with pytest.raises(hl.HeadlabError, match="rows of"):
+    with pytest.raises(hl.HeadlabError, match=r"one has \[5, 5, 5\] in its layers, the other \[6, 6, 6\]"):
         correlate(scores, hl.importance(zoo.build("llama-gqa"), method="random"))
     masks = [
         hl.HeadMask.without(hl.heads(gpt2), [f"L{i}H{i}" for i in range(3)]),

@@ -350,12 +350,15 @@ def test_mistakes_with_correlate(failing: Failing, scores: Callable[[str, int], 
     out, one, other = tmp_path / "results", scores("llama-gqa", 0), scores("gpt2", 0)
     for names in ("news", "news,", "a,b,c", ","):
         assert "names are two, with a comma between them" in failing("correlate", one, one, "--out", out, "--names", names)
-    assert "has rows of 3 x 5 heads, but" in failing("correlate", one, other, "--out", out)
+    assert "of different heads: one has [6, 6, 6] in its layers, the other [5, 5, 5]" in failing(
+        "correlate", one, other, "--out", out
+    )
     found = hl.HeadScores.load(one)
     alike = hl.HeadScores(found.rows, found.heads, found.record | {"model": {"fingerprint": "f00"}}).save(
         tmp_path / "alike.json"
     )
-    assert "made for another model" in failing("correlate", one, alike, "--out", out)
+    assert "of different models" in failing("correlate", one, alike, "--out", out)
+    assert "both data sets are called" in failing("correlate", one, one, "--out", out, "--names", "a, a")
     assert "there is no file" in failing("correlate", one, tmp_path / "nothing.json", "--out", out)
     torn = tmp_path / "torn.json"
     torn.write_bytes(one.read_bytes()[:300])
@@ -366,6 +369,17 @@ def test_mistakes_with_correlate(failing: Failing, scores: Callable[[str, int], 
     mask = hl.HeadScores.load(one).keep(0.5).save(tmp_path / "mask.json")
     assert "holds a mask, but a scores was expected" in failing("correlate", one, mask, "--out", out)
     assert not out.exists()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_a_correlation_cannot_tell_is_said(run: Run, scores: Callable[[str, int], Path], tmp_path: Path) -> None:
+    one = scores("llama-gqa", 0)
+    assert "both scores are of the same data" in run("correlate", one, one, "--out", tmp_path / "same")[1]
+    assert "same data" not in run("correlate", one, scores("llama-gqa", 1), "--out", tmp_path / "other")[1]
+    flat = hl.HeadScores.load(one)
+    flat = hl.HeadScores([0 * row for row in flat.rows], flat.heads, flat.record)
+    said = run("correlate", one, flat.save(tmp_path / "flat.json"), "--out", tmp_path / "flat")[1]
+    assert "not defined over all heads: there are fewer than three, or all have the same score" in said
 
 
 # --- profile
@@ -415,10 +429,15 @@ def test_mistakes_with_profile(
     out = tmp_path / "results"
     command = ["--text", text, "--out", out, *SMALL]
     assert "checkpoints of a training run" in failing("profile", tmp_path, *command)
-    assert "checkpoints of a training run" in failing("profile", tmp_path / "nothing", *command)
+    assert "there is no folder" in failing("profile", tmp_path / "nothing", *command)
     assert "cannot read the text file" in failing("profile", checkpoints, "--text", tmp_path / "nothing", "--out", out)
     assert not out.exists()
     assert run("profile", checkpoints, *command)[0] == 0
+    (other := tmp_path / "other.txt").write_text(" ".join(WORDS[::-1] * 3), encoding="utf-8")
+    apart = tmp_path / "apart"
+    assert run("profile", checkpoints, "--scoring", other, "--text", text, "--out", apart, *SMALL)[0] == 0
+    records = [Profile.load(folder / "profile.json").record for folder in (out, apart)]
+    assert records[0]["data"] == records[0]["scored on"] == records[1]["data"] != records[1]["scored on"]
     before = contents(out)
     assert "differs in: scores" in failing("profile", checkpoints, *command, "--exact")
     assert "differs in: data" in failing("profile", checkpoints, *command, "--length", 6)

@@ -75,12 +75,33 @@ def test_json_lines_for_a_classifier_and_an_encoder_decoder(folders: dict[str, P
     assert (translated["labels"] == -100).sum(-1).tolist() == [2, 0, 3]
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"text": "a"}', '{"text": "a", "label": "good"}'])
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"text": "a"}', '{"text": "a", "label": null}'])
 def test_a_line_that_does_not_fit_is_named(line: str, folders: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a", "label": 1}\n' + line, encoding="utf-8")
     with pytest.raises(hl.HeadlabError, match='line 2: this model needs JSON lines with "text" and "label"'):
         hl.read_batches(hl.load(folders["bert-classifier"]), file)
+
+
+def test_labels_by_name_and_labels_that_there_are_not(folders: dict[str, Path], tmp_path: Path) -> None:
+    model, file = hl.load(folders["bert-classifier"]), tmp_path / "rows.jsonl"
+    model.config.label2id = {"good": 0, "bad": 1, "neither": 2}
+    lines = ['{"text": "w1", "label": "bad"}', '{"text": "w2", "label": 2}', '{"text": "w3", "label": "good"}']
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert hl.read_batches(model, file)[0]["labels"].tolist() == [1, 2, 0]
+    for wrong, shown in (('"ugly"', "'ugly'"), ("3", "3"), ("-1", "-1"), ("1.5", "1.5")):
+        file.write_text("\n".join([*lines, f'{{"text": "w", "label": {wrong}}}']), encoding="utf-8")
+        with pytest.raises(
+            hl.HeadlabError, match=rf"line 4: the model has no label {shown}; it has 0 \(good\), 1 \(bad\), 2"
+        ):
+            hl.read_batches(model, file)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    for name in ("llama-gqa", "gpt2", "bert-mlm", "t5"):
+        zoo.build(name).save_pretrained(tmp_path / name)
+        with pytest.raises(hl.HeadlabError, match="no tokenizer lies beside the model"):
+            hl.read_batches(hl.load(tmp_path / name), __file__)
 
 
 def test_errors_say_what_to_do(folders: dict[str, Path], tmp_path: Path) -> None:
