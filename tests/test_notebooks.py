@@ -13,6 +13,7 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 import headlab as hl
 from benchmarks.real import smollm2
@@ -160,8 +161,18 @@ def test_links_of_the_prose_lead_somewhere(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*NAMES[:3], pytest.param(NAMES[3], marks=pytest.mark.slow)])
 def test_runs_from_start_to_end(name: str, tmp_path: Path) -> None:
-    check_run(executed(name, tmp_path), name)
-    assert not list(tmp_path.iterdir())  # what a notebook writes goes to a temporary folder of its own
+    notebook = executed(name, tmp_path)
+    check_run(notebook, name)
+    # what a notebook writes goes to a temporary folder of its own, but for the model that its reader is to keep
+    assert [path.name for path in tmp_path.iterdir()] == (["pruned-model"] if name == "03_importance_and_pruning" else [])
+    if name == "01_heads_and_circuits":
+        pattern = figures(notebook)["patterns-figure"]["data"][0]
+        assert all(re.fullmatch(rf"[a-p] \({place}\)", label) for place, label in enumerate(pattern["x"]))
+        assert len(pattern["x"]) == 24
+    if name == "02_composition_maps":
+        [bars] = figures(notebook)["without-branches"]["data"]
+        assert len(bars["x"]) == 8
+        assert 0.0 not in bars["y"]  # every branch shown is one that the model has
 
 
 @pytest.mark.slow
@@ -174,19 +185,47 @@ def test_the_real_model_is_pruned(tmp_path: Path) -> None:
     assert literal_eval(said(notebook, "saved"))["largest difference from masked"] < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa", "bert-mlm"])
+FILES = {  # what a line of a text of these kinds looks like; a decoder reads what the notebook finds by itself
+    "bert-mlm": "{}",
+    "bert-classifier": '{{"text": "{}", "label": 1}}',
+    "t5": '{{"text": "{0}", "target": "{0}"}}',
+}
+
+
+def settings(folder: Path, text: Path | None) -> str:
+    """The first cell of 03 as a reader might write it for a model with a short context."""
+    name = None if text is None else str(text)
+    return "\n".join(
+        [f"MODEL = {str(folder)!r}", f"TEXT = OTHER_TEXT = {name!r}", "KEEP = 0.5", "LENGTH = 12", 'DEVICE = "cpu"',
+         'SAVE_TO = "small/"']
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", *FILES])
 def test_another_model_is_pruned_by_changing_one_cell(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder reads the documentation that the notebook finds by itself, a masked language model a file of its own."""
+    """The folder that it wants is taken, as in a second run: that one stays as it is."""
     monkeypatch.setattr(words, "WORDS", ENGLISH)
     folder = words.save_with_tokenizer(build(kind), tmp_path / "mine")
-    settings = f"MODEL = {str(folder)!r}\nTEXT = OTHER_TEXT = None\nKEEP = 0.5"
-    if kind == "bert-mlm":
+    text = None
+    if kind in FILES:
         text = tmp_path / "text.txt"
-        text.write_text(" ".join(ENGLISH * 60), encoding="utf-8")
-        settings = settings.replace("None", repr(str(text)))
-    notebook = executed("03_importance_and_pruning", tmp_path, {"settings": settings})
+        text.write_text("\n".join([FILES[kind].format(" ".join(ENGLISH))] * 40), encoding="utf-8")
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "kept").touch()
+    notebook = executed("03_importance_and_pruning", tmp_path, {"settings": settings(folder, text)})
     check_run(notebook, "03_importance_and_pruning")
     assert type(build(kind)).__name__ in said(notebook, "load")
-    small = hl.load(said(notebook, "saved").strip("'").split(" is saved in ")[1])
+    assert said(notebook, "saved").strip("'").endswith(f" is saved in {tmp_path / 'small-2'}")
+    assert [path.name for path in (tmp_path / "small").iterdir()] == ["kept"]
+    small = hl.load(tmp_path / "small-2")
     n = len(hl.heads(build(kind)))
     assert len(hl.heads(small)) == n - round(0.5 * n)
+
+
+def test_a_classifier_without_texts_is_told_what_it_needs(tmp_path: Path) -> None:
+    folder = words.save_with_tokenizer(build("bert-classifier"), tmp_path / "mine")
+    wanted = (
+        r'HeadlabError.*: this model needs TEXT and OTHER_TEXT: two files of JSON lines, \{"text": \.\.\., "label": \.\.\.\}'
+    )
+    with pytest.raises(CellExecutionError, match=wanted):
+        executed("03_importance_and_pruning", tmp_path, {"settings": settings(folder, None)})
