@@ -113,8 +113,20 @@ def test_scores_against_exact_ablation(scores: hl.HeadScores, exact: hl.Ablation
     np.testing.assert_allclose(figure.data[0].x, scores.flat)
     np.testing.assert_allclose(figure.data[0].y, exact.flat)
     assert f"{scores.rank_correlation(exact):.2f}" in figure.layout.title.text
+    assert list(figure.data[0].marker.color) == [layer for layer in range(3) for _ in range(6)]
     with pytest.raises(hl.HeadlabError, match="rows of"):
         plots.against(scores, hl.importance(zoo.build("gpt2"), method="random"))
+
+
+def test_stacks_have_their_colours() -> None:
+    model, batch = zoo.build("t5"), zoo.batch_for("t5")
+    taylor, exact = hl.importance(model, [batch]), hl.ablation(model, [batch])
+    figure = plots.against(taylor, exact)
+    assert [(trace.name, len(trace.x)) for trace in figure.data] == [("enc", 15), ("dec", 10), ("cross", 10)]
+    assert len({trace.marker.color for trace in figure.data}) == 3
+    for trace in figure.data:
+        at = [str(head) for row in exact.labels for head in row].index(trace.text[1])
+        assert (trace.x[1], trace.y[1]) == (taylor.flat[at], exact.flat[at])
 
 
 def test_timing_bars() -> None:

@@ -39,6 +39,43 @@ def shown(text: str) -> str:
     return escape(text, quote=False).replace("$", "&#36;").replace("%{", "%&#123;")  # plotly knows no &quot;
 
 
+def head_points(labels: Heads, x: np.ndarray, y: np.ndarray, hover: str, told: np.ndarray | None = None) -> go.Figure:
+    """A point per head, coloured by stack, or by layer where there is one stack.
+
+    Args:
+        labels: the heads, by row.
+        x: a number per head.
+        y: another one.
+        hover: what stands under a head's name; `told` is `customdata` there, `[head, number]`.
+    """
+    flat = [head for row in labels for head in row]
+    stacks = list(dict.fromkeys(head.stack for head in flat))
+    layers = {head.layer for head in flat}
+    scale = {"title": "layer", "dtick": 1 if len(layers) <= 16 else None}
+    figure = go.Figure()
+    for number, stack in enumerate(stacks):
+        at = [i for i, head in enumerate(flat) if head.stack == stack]
+        marker: dict[str, Any] = {"size": 7, "opacity": 0.8, "line": {"width": 0.5, "color": "white"}}
+        if len(stacks) > 1:
+            marker["color"] = PALETTE[number % len(PALETTE)]
+        else:
+            marker |= {"color": [flat[i].layer for i in at], "colorscale": "Viridis", "colorbar": scale}
+            marker["showscale"] = len(layers) > 1
+        figure.add_scatter(
+            x=x[at],
+            y=y[at],
+            text=[str(flat[i]) for i in at],
+            customdata=None if told is None else told[at],
+            name=stack,
+            showlegend=len(stacks) > 1,
+            mode="markers",
+            marker=marker,
+            hovertemplate=f"<b>%{{text}}</b><br>{hover}<extra></extra>",
+        )
+    figure.update_layout(legend_title="stack" if len(stacks) > 1 else None)
+    return figure
+
+
 def save_html(figure: go.Figure, path: str | Path) -> Path:
     """Write a figure as one HTML file that opens anywhere, without a network. Returns the path."""
     return write(path, lambda temporary: figure.write_html(temporary, include_plotlyjs=True))

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from ..curves import Curve
 from ..scores import HeadRows, HeadScores
 from ..speed import Timing
-from .common import PALETTE, row_names, shown
+from .common import PALETTE, head_points, row_names, shown
 
 
 def heads(scores: HeadRows, title: str | None = None) -> go.Figure:
@@ -102,20 +102,9 @@ def curves(curves: Mapping[str, Curve], title: str = "Pruning curves") -> go.Fig
 def against(scores: HeadScores, exact: HeadScores, title: str | None = None) -> go.Figure:
     """Two scores of the same heads against each other, with their rank correlation."""
     exact.check(scores.labels)
-    names = [str(head) for row in scores.labels for head in row]
-    rows = [row for row, heads_of_row in enumerate(scores.labels) for _ in heads_of_row]
-    several = any(head.stack for row in scores.labels for head in row)
     x_name, y_name = (s.record.get("method", s.kind) for s in (scores, exact))
-    figure = go.Figure(
-        go.Scatter(
-            x=scores.flat,
-            y=exact.flat,
-            text=names,
-            mode="markers",
-            marker={"color": rows, "colorscale": "Viridis", "colorbar": {"title": "row" if several else "layer"}},
-            hovertemplate=f"<b>%{{text}}</b><br>{x_name} %{{x:.4g}}<br>{y_name} %{{y:.4g}}<extra></extra>",
-        )
-    )
+    hover = f"{x_name} %{{x:.4g}}<br>{y_name} %{{y:.4g}}"
+    figure = head_points(scores.labels, scores.flat, exact.flat, hover)
     rho = scores.rank_correlation(exact)
     figure.update_layout(
         title=title or f"{x_name} against {y_name}: rank correlation {rho:.2f}",

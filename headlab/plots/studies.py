@@ -8,7 +8,7 @@ from plotly.colors import sample_colorscale
 
 from ..checkpoints import Profile, step_of
 from ..domains import Correlation
-from .common import CHANCE, PALETTE, shown
+from .common import CHANCE, PALETTE, head_points, shown
 
 
 def correlation(result: Correlation, title: str | None = None) -> go.Figure:
@@ -18,24 +18,9 @@ def correlation(result: Correlation, title: str | None = None) -> go.Figure:
     """
     points = result.points()
     one, other = map(shown, result.names)
-    figure = go.Figure()
-    hover = f"<b>%{{text}}</b><br>{one} %{{x:.4g}} (rank %{{customdata[0]:.0f}})<br>"
-    hover += f"{other} %{{y:.4g}} (rank %{{customdata[1]:.0f}})<extra></extra>"
-    several = points["stack"].nunique() > 1
-    for number, (stack, part) in enumerate(points.groupby("stack", sort=False)):
-        layers = {"color": part["layer"], "colorscale": "Viridis", "colorbar": {"title": "layer"}, "showscale": True}
-        marker = {"size": 7, "opacity": 0.8, "line": {"width": 0.5, "color": "white"}}
-        figure.add_scatter(
-            x=part["first"],
-            y=part["second"],
-            text=part["head"],
-            customdata=part[["first_rank", "second_rank"]].to_numpy(),
-            name=str(stack),
-            showlegend=several,
-            mode="markers",
-            marker=marker | ({"color": PALETTE[number % len(PALETTE)]} if several else layers),
-            hovertemplate=hover,
-        )
+    hover = f"{one} %{{x:.4g}} (rank %{{customdata[0]:.0f}})<br>{other} %{{y:.4g}} (rank %{{customdata[1]:.0f}})"
+    ranks = points[["first_rank", "second_rank"]].to_numpy()
+    figure = head_points(result.heads, points["first"].to_numpy(), points["second"].to_numpy(), hover, ranks)
     whole = result.lines[0]
     if result.r is None:
         told = "correlation not defined: fewer than three heads, or all scores the same"
@@ -47,7 +32,6 @@ def correlation(result: Correlation, title: str | None = None) -> go.Figure:
         title={"text": title or f"Heads on two sets of data, {whole['heads']} heads", "subtitle": {"text": told}},
         xaxis_title=f"{quantity}, {one}",
         yaxis_title=f"{quantity}, {other}",
-        legend_title="stack" if several else None,
         margin={"t": 90},
     )
     return figure
