@@ -228,7 +228,12 @@ def report(
     to: Annotated[Path | None, typer.Option(help="The page; by default FOLDER/report.html.")] = None,
 ) -> None:
     """One page with everything in a folder of results, to open by double click or to send."""
-    from .page.build import report as page
+    from .page.build import written
 
     folder.quieten()
-    typer.echo(f"written to {page(results, to)}")
+    page, found = written(results, to)
+    for told, what in (("could not be shown whole", found.problems), ("not in the folder yet", found.missing)):
+        if what:
+            names = dict.fromkeys(one.get("file") or one["what"] for one in what)
+            typer.echo(f"{told}: {', '.join(names)} (the page says more)")
+    typer.echo(f"written to {page}")

@@ -10,6 +10,7 @@ import torch
 
 from headlab.composing import CompositionScores
 from headlab.curves import Curve
+from headlab.domains import correlate
 from headlab.exact import AblationScores
 from headlab.likeness import Similarity
 from headlab.prompts import Pattern
@@ -17,6 +18,7 @@ from headlab.scores import Head, HeadScores
 from headlab.speed import Timing
 
 EVIL = "</script><script>window.harm = 1</script><img src=x onerror='window.harm = 2'>&amp;\u2028"
+EVIL_FILE = "<a href=x>%{x}<b>$y$&amp;"  # the same, as it can stand in the name of a file
 WORDS = [" the", " cat", " sat", "\n", " on", " a", " mat", "."]
 
 
@@ -110,7 +112,7 @@ def folder(path: Path, heads: Any, *, tokens: int = 7, prompts: int = 2, name: s
     scores.save(path / "scores-taylor.json")
     removal(heads, about).save(path / "scores-ablation.json")
     scores.keep(0.5).save(path / "pruned-mask.json")
-    curve(heads, about).save(path / "curve-taylor.json")
+    curve(heads, about).save(path / f"curve-{EVIL_FILE}.json")
     timing(about).save(path / "timing.json")
     for number in range(prompts):
         words = [EVIL, *WORDS] if number == 0 else None
@@ -118,4 +120,7 @@ def folder(path: Path, heads: Any, *, tokens: int = 7, prompts: int = 2, name: s
     if all_kinds:
         composition(heads, about).save(path / "composition-Q.json")
         likeness(heads, about).save(path / "similarity.json")
+        taylor(heads, about, 7).save(path / f"scores-{EVIL_FILE}.json")
+        both = ("<b>news</b>", f"<a href=x>{EVIL}</a>")
+        correlate(scores, taylor(heads, about, 8), both).save(path / "correlation.json")
     return path

@@ -460,12 +460,17 @@ def test_report(run: Run, failing: Failing, saved: Callable[[str], Path], text: 
         assert run(*command)[0] == 0
     before = contents(out)
     for _ in range(2):
-        assert run("report", out)[:2] == (0, f"written to {out / 'report.html'}\n")
+        status, said, _ = run("report", out)
+        assert status == 0
+        lines = ["not in the folder yet: what the removal of each head costs", f"written to {out / 'report.html'}"]
+        assert [line[: len(start)] for line, start in zip(said.splitlines(), lines, strict=True)] == lines
     assert contents(out).keys() == before.keys() | {"report.html"}
     page = (out / "report.html").read_text()
     assert "headlab ablate MODEL" in page  # what is missing, and how it is made
     (out / "circuits.json").write_text("{")
-    assert run("report", out, "--to", tmp_path / "page.html")[:2] == (0, f"written to {tmp_path / 'page.html'}\n")
+    status, said, _ = run("report", out, "--to", tmp_path / "page.html")
+    assert (status, said.splitlines()[-1]) == (0, f"written to {tmp_path / 'page.html'}")
+    assert said.startswith("could not be shown whole: circuits.json (the page says more)\nnot in the folder yet: ")
     assert "circuits.json" in (tmp_path / "page.html").read_text()
     assert (out / "report.html").read_text() == page
     assert (out / "circuits.json").read_text() == "{"

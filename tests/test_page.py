@@ -14,10 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from headlab.curves import Curve
 from headlab.errors import HeadlabError
+from headlab.page import build, kinds
 from headlab.page.build import _safe_json, quantised, report
 from headlab.page.gather import gather
 from headlab.page.kinds import KINDS
+from headlab.results import _HOMES
+from headlab.scores import HeadScores
 
 from . import made_up
 from .made_up import BOTH_SIDES, EVIL, RAGGED, model, square
@@ -74,7 +78,7 @@ def test_every_head_is_on_the_page_with_all_its_numbers(tmp_path: Path, heads: A
     assert sorted(data["heads"]) == sorted(names)
     shown = [[(data["heads"][head], index) for head, index in row["heads"]] for row in data["rows"]]
     assert shown == [[(str(head), head.index) for head in row] for row in heads]
-    assert data["problems"] == [] or all("plots" in one["reason"] for one in data["problems"])
+    assert data["problems"] == []
     taylor = made_up.taylor(heads, model())
     expected = {str(h): v for row, values in zip(heads, taylor.rows, strict=True) for h, v in zip(row, values, strict=True)}
     [column] = [column for column in data["columns"] if column["label"] == "scores-taylor"]
@@ -176,8 +180,21 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     assert missing["roles"] == "headlab roles MODEL --out FOLDER"
     assert "importance scores" not in missing
     assert "composition maps" not in missing  # of heads that are not composed there are none
+    # what a command reads from the folder is made before it
+    assert missing["sizes and speed"] == "headlab prune MODEL --out FOLDER && headlab time MODEL --out FOLDER"
+    made_up.curve(square(2, 3), model()).save(tmp_path / "only" / "curve.json")
+    assert {one["what"]: one["command"] for one in gather(tmp_path / "only").missing}["sizes and speed"] == (
+        "headlab score MODEL --text FILE --out FOLDER && " + missing["sizes and speed"]
+    )
     made_up.taylor(square(2, 3), model() | {"class": "DCFormerForCausalLM"}).save(tmp_path / "scores-taylor.json")
     assert "composition maps" in {one["what"] for one in gather(tmp_path).missing}
+
+
+def test_only_commands_that_work_are_offered(tmp_path: Path) -> None:
+    made_up.taylor(BOTH_SIDES, model()).save(tmp_path / "scores-taylor.json")
+    missing = {one["what"] for one in gather(tmp_path).missing}
+    assert {"roles", "circuits", "similar heads"} <= missing
+    assert not {"composition scores", "attention patterns on prompts"} & missing
 
 
 def test_one_bad_file_does_not_cost_the_page(tmp_path: Path) -> None:
@@ -233,6 +250,66 @@ def test_results_of_another_model_are_kept_apart(tmp_path: Path) -> None:
     assert not any("scores-other" in column["label"] for column in data["columns"])
 
 
+def test_where_a_model_lay_is_not_told(tmp_path: Path) -> None:
+    made_up.folder(tmp_path, square(2, 3), name="/home/someone/secret/tiny")
+    both = {"first": {"model": model("/home/someone/secret/tiny")}, "text": "/data"}
+    other = made_up.taylor(square(2, 3), model("../secret/other", "beef"))
+    HeadScores(other.rows, other.heads, other.record | both).save(tmp_path / "scores-other.json")
+    data, found = read(report(tmp_path))
+    assert "secret" not in found["data"]
+    assert data["model"]["name"] == "tiny"
+    [file] = [one for one in data["files"] if one["other"]]
+    assert file["record"]["model"]["name"] == "other"
+    assert file["record"]["first"]["model"] == model("tiny")
+
+
+@pytest.mark.parametrize("name", ["L0H2000000", "L300000H0", "constructor.L0H0", "__proto__.L1H1", "L0H" + 5000 * "9"])
+def test_a_strange_head_costs_its_file_only(tmp_path: Path, name: str) -> None:
+    made_up.taylor(square(2, 3), model()).save(tmp_path / "scores.json")
+    there = made_up.curve(square(2, 3), model())
+    there.removed[5].append(name)
+    there.save(tmp_path / "curve-a.json")
+    data, _ = read(report(tmp_path))
+    assert len(data["heads"]) == 6
+    [problem] = data["problems"]
+    assert problem["file"] == "curve-a.json"
+    assert f"{name} is no name of a head" in problem["reason"]
+    assert not any("curve-a" in column["label"] for column in data["columns"])
+
+
+def test_curves_of_stacks_are_told_apart(tmp_path: Path) -> None:
+    whole = made_up.curve(BOTH_SIDES, model())
+    whole.save(tmp_path / "curve-taylor.json")
+    for stack in ("enc", "cross"):
+        names = [[name for name in gone if name.startswith(stack)] for gone in whole.removed]
+        Curve(names, whole.values, whole.losses, 6, whole.record | {"stack": stack}).save(tmp_path / f"curve-{stack}.json")
+    data, found = read(report(tmp_path))
+    labels = {column["label"] for column in data["columns"]}
+    assert labels == {
+        "curve-taylor: share of heads removed when it goes",
+        "curve-enc: share of the enc heads removed when it goes",
+        "curve-cross: share of the cross heads removed when it goes",
+    }
+    told = {panel["label"]: panel["lines"] for panel in data["panels"]}
+    assert all("% of the cross heads removed" in line[0][0] for line in told["curve-cross"].values())
+    figures = {figure["title"]: json.loads(unpacked(found[figure["blob"]])) for figure in data["figures"]}
+    assert set(figures) == {"Pruning curves (loss)", "Pruning curves by stack (loss)"}
+    drawn = figures["Pruning curves by stack (loss)"]
+    assert {trace["name"].split()[0] for trace in drawn["data"] if "name" in trace} == {"enc", "cross"}
+    assert "of the stack" in drawn["layout"]["xaxis"]["title"]["text"]
+
+
+def test_what_is_too_large_for_the_page_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up.folder(tmp_path, square(2, 3))
+    monkeypatch.setattr(kinds, "_MATRIX", 5)
+    data, _ = read(report(tmp_path))
+    reasons = {one["file"]: one["reason"] for one in data["problems"]}
+    assert set(reasons) == {"composition-Q.json", "similarity.json"}
+    assert "no figure of all pairs of 6 heads" in reasons["similarity.json"]
+    assert "headlab.plots.composition_matrix draws it" in reasons["composition-Q.json"]
+    assert not any("pairs" in figure["title"] for figure in data["figures"])
+
+
 def test_figures_are_whole_plotly_figures(tmp_path: Path) -> None:
     made_up.folder(tmp_path, square(2, 3), all_kinds=False)
     data, found = read(report(tmp_path))
@@ -251,8 +328,9 @@ def test_figures_are_whole_plotly_figures(tmp_path: Path) -> None:
         (lambda path: path / "none", "does not exist: give the folder"),
         (lambda path: Path(__file__), "is a file: give the folder"),
         (lambda path: path, "there are no results in"),
+        (lambda path: (path / "config.json").write_text("{}") and path, "holds a model, not results"),
     ],
-    ids=["no folder", "a file", "an empty folder"],
+    ids=["no folder", "a file", "an empty folder", "a model"],
 )
 def test_no_results(tmp_path: Path, given: Any, said: str) -> None:
     with pytest.raises(HeadlabError, match=said):
@@ -267,6 +345,25 @@ def test_the_page_goes_where_it_is_told(tmp_path: Path) -> None:
         report(tmp_path / "in", tmp_path / "pages")
 
 
+def test_a_page_replaces_pages_only(tmp_path: Path) -> None:
+    made_up.taylor(square(2, 3), model()).save(tmp_path / "scores.json")
+    first = report(tmp_path).read_bytes()
+    assert report(tmp_path).read_bytes() == first
+    (mine := tmp_path / "mine.html").write_text("<p>precious</p>")
+    with pytest.raises(HeadlabError, match=r"mine\.html is there and is no page of headlab's"):
+        report(tmp_path, mine)
+    assert mine.read_text() == "<p>precious</p>"
+
+
+def test_a_page_never_replaces_a_result(tmp_path: Path) -> None:
+    path = made_up.taylor(square(2, 3), model()).save(tmp_path / "scores.json")
+    before = path.read_bytes()
+    with pytest.raises(HeadlabError, match=r"scores\.json is no name of a page: give one that ends in \.html or \.htm"):
+        report(tmp_path, path)
+    assert path.read_bytes() == before
+    assert report(tmp_path, tmp_path / "page.HTM").read_bytes() == report(tmp_path).read_bytes()
+
+
 def test_the_page_refers_to_nothing_outside(tmp_path: Path) -> None:
     made_up.folder(tmp_path, square(2, 3))
     page = report(tmp_path).read_text(encoding="utf-8")
@@ -275,13 +372,35 @@ def test_the_page_refers_to_nothing_outside(tmp_path: Path) -> None:
     assert "default-src 'none'" in page
 
 
-def test_a_12_by_12_report_is_small(tmp_path: Path) -> None:
-    made_up.folder(tmp_path, square(12, 12), tokens=64, prompts=4, all_kinds=False)
-    assert report(tmp_path).stat().st_size < 15e6
+@pytest.mark.parametrize(("tokens", "step"), [(64, 1), (256, 2)])
+def test_a_12_by_12_report_is_small(tmp_path: Path, tokens: int, step: int) -> None:
+    made_up.folder(tmp_path, square(12, 12), tokens=tokens, prompts=4)
+    path = report(tmp_path)
+    assert path.stat().st_size < 15e6
+    data, _ = read(path)
+    assert [prompt["step"] for prompt in data["prompts"]] == [step] * 4
+
+
+def test_a_long_prompt_is_shown_by_the_largest_of_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = square(1, 2)
+    pattern = made_up.pattern(heads, model(), 11)
+    pattern.values[heads[0][1]][10, 4] = -1.5
+    pattern.save(tmp_path / "a.safetensors")
+    monkeypatch.setattr(build, "_CELLS", 2 * 4 * 4)  # of two heads
+    data, found = read(report(tmp_path))
+    assert data["prompts"][0]["step"] == 3
+    for head in heads[0]:
+        whole = pattern.of(head).double().numpy()
+        expected = np.zeros((4, 4))
+        for query, key in np.ndindex(whole.shape):
+            if abs(whole[query, key]) > abs(expected[query // 3, key // 3]):
+                expected[query // 3, key // 3] = whole[query, key]
+        np.testing.assert_allclose(weights(data, found, 0, str(head)), expected, atol=0.012)
 
 
 def test_every_kind_of_the_page_is_one_that_is_saved() -> None:
-    assert {"scores", "ablation", "mask", "curve", "timing", "maps", "pattern", "roles", "circuits"} <= set(KINDS)
+    elsewhere = {"maps", "pattern", "evaluation", "probes"}  # tensors, and kinds of synthetic_tasks
+    assert set(KINDS) | {"patterns"} == set(_HOMES) | elsewhere  # patterns are a table of heads and nothing else
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +444,7 @@ def test_what_is_measured_of_a_model_is_on_its_page(of_a_model: Path) -> None:
     assert any(line[0].startswith("first (from 0 on)") for line in panels["Role", "roles"]["L0H0"])
     assert panels["Circuits", "circuits"]["L2H5"][0][0].startswith("QK singular values: ")
     assert len(data["prompts"][0]["tokens"][""]) == 11
+    assert "circuits: copying" in [figure["title"] for figure in data["figures"]]
 
 
 def test_directions_are_read_from_end_to_end(tmp_path: Path) -> None:
@@ -337,6 +457,7 @@ def test_directions_are_read_from_end_to_end(tmp_path: Path) -> None:
             "side": side,
             "end": end,
             "rank": n,
+            "id": 7,
             "token": f" {side}{end}{n}",
             "value": 1.0,
         }
@@ -348,6 +469,7 @@ def test_directions_are_read_from_end_to_end(tmp_path: Path) -> None:
     Directions(head, "ov", lines, {"model": model()}).save(tmp_path / "directions-L0H1-ov.json")
     data, _ = read(report(tmp_path))
     assert data["problems"] == []
+    assert [figure["title"] for figure in data["figures"]] == ["directions-L0H1-ov"]
     [panel] = data["panels"]
     assert panel["lines"]["L0H1"] == [
         ["+ reads \u00b7in+0 \u00b7in+1 \u2192 writes \u00b7out+0 \u00b7out+1", None, 2.5],

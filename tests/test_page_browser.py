@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from headlab.page import build
 from headlab.page.build import report
 
 from . import made_up
@@ -92,10 +93,12 @@ def test_heads_are_reached_by_keyboard_and_named(opened_page: Opened) -> None:
 def test_colours_follow_the_chosen_number(opened_page: Opened) -> None:
     page = opened_page.page
     look = "all => all.map(b => b.style.background + b.getAttribute('aria-label')).join()"
+    page.locator("#grid button").first.focus()
     looks = {}
     for option in page.locator("#colour option").all():
         page.select_option("#colour", option.get_attribute("value"))
         looks[option.text_content()] = page.locator("#grid button").evaluate_all(look)
+        assert page.locator("#told").inner_text() == page.locator("#grid button").first.get_attribute("aria-label")
     assert {"scores-taylor", "scores-ablation"} < set(looks)
     assert len(set(looks.values())) == len(looks)
 
@@ -141,6 +144,12 @@ def test_every_figure_holds_drawn_marks(opened_page: Opened) -> None:
         plot.scroll_into_view_if_needed()
         page.wait_for_selector(f"#drawn-{number} .plot[data-drawn]")
         assert plot.evaluate(MARKS) > 0, page.locator("#view-figures nav a").nth(number).text_content()
+    svg = page.locator("#view-figures svg")
+    assert svg.locator("a").count() == 0
+    assert svg.locator("[style*='bold']").count() == 0
+    written = " ".join(svg.locator("text").evaluate_all("all => all.map(one => one.textContent)"))
+    for text in (made_up.EVIL_FILE, "<b>news</b>", made_up.EVIL):
+        assert text in written
 
 
 def test_figures_wait_until_they_are_looked_at(running: Any, pages: dict[str, Path]) -> None:
@@ -177,11 +186,52 @@ def test_half_the_results(running: Any, tmp_path: Path) -> None:
     (tmp_path / "scores-taylor.json").write_text("{")
     found = opened(running, report(tmp_path))
     assert "scores-taylor.json: it is not a headlab result" in found.page.locator("#notice").inner_text()
+    assert found.page.locator("#view-figures").is_visible()
+    found.page.click("#tab-heads")
     assert "No result in this folder speaks of single heads" in found.page.locator("#grid").inner_text()
+    assert found.page.locator("#told").inner_text() == ""
     found.page.click("#tab-prompts")
     assert "There are no attention patterns" in found.page.locator("#thumbs").inner_text()
     found.page.click("#tab-made")
-    assert "no roles here" in found.page.locator("#missing").inner_text()
+    assert "roles" in found.page.locator("#missing").inner_text()
+    assert (found.asked, found.said) == ([], [])
+    found.close()
+
+
+def test_a_figure_that_cannot_be_drawn_says_so(running: Any, pages: dict[str, Path]) -> None:
+    found = opened(running, pages["square"])
+    found.page.evaluate(
+        "loadPlotly().then((library) => { library.newPlot = () => Promise.reject(new Error('no such <b>')); })"
+    )
+    found.page.click("#tab-figures")
+    found.page.wait_for_selector(".figure .failed")
+    assert "could not be drawn (no such <b>)" in found.page.locator("#drawn-0").inner_text()
+    assert (found.asked, found.said) == ([], [])
+    found.close()
+
+
+def test_an_old_browser_is_told_what_it_lacks(running: Any, pages: dict[str, Path]) -> None:
+    found = Opened(running, pages["square"])
+    found.page.add_init_script("delete window.DecompressionStream")
+    found.page.reload()
+    found.page.wait_for_selector("html[data-ready]")
+    assert "This browser is too old" in found.page.locator("#notice").inner_text()
+    found.page.wait_for_selector("#panel .failed")
+    assert found.said == []
+    found.close()
+
+
+def test_a_long_prompt_says_how_coarse_it_is(running: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_CELLS", 2 * 4 * 4)
+    made_up.pattern(made_up.square(1, 2), made_up.model(), 11).save(tmp_path / "a.safetensors")
+    found = opened(running, report(tmp_path))
+    found.page.wait_for_selector("#panel .pattern canvas[data-drawn]")
+    panel = found.page.locator("#panel .pattern")
+    assert "every cell is the largest of 3 x 3 tokens" in panel.inner_text()
+    assert "(9\u202610) \u2192" in panel.locator(".told").text_content()
+    assert panel.locator(".tokens span").count() == 4
+    found.page.click("#tab-prompts")
+    assert "every cell is the largest of 3 x 3 tokens" in found.page.locator("#thumbs").inner_text()
     assert (found.asked, found.said) == ([], [])
     found.close()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any
 from ..errors import HeadlabError
 from ..results import Result, read_json
 from .kinds import part_of, together
-from .parts import Column, Draw, Item, Panel, Part, Prompt
+from .parts import Column, Draw, Item, Panel, Prompt
 
-_NAME = re.compile(r"(?:(\w+)\.)?L(\d+)H(\d+)")
+_NAME = re.compile(r"(?:(enc|dec|cross)\.)?L([0-9]{1,4})H([0-9]{1,4})")  # a page of more rows would not open
 _STACKS = ("", "enc", "dec", "cross")
 _ELSEWHERE = {"evaluation": "synthetic_tasks.evaluation", "probes": "synthetic_tasks.benchmark"}  # kinds beside headlab's
 _TENSORS = {  # kinds that are safetensors files
@@ -38,6 +38,9 @@ _EXPECTED = {  # what the page can show, and which command makes it
     "pattern": ("attention patterns on prompts", "headlab roles MODEL --prompt TEXT --out FOLDER"),
     "timing": ("sizes and speed", "headlab time MODEL --out FOLDER"),
 }
+_PRUNE = "headlab prune MODEL --out FOLDER"
+_FIRST = {"curve": ("scores",), "timing": ("scores", "mask")}  # what a command reads from the folder
+_ONE_STACK = ("composition", "pattern")  # which the commands do not make of an encoder-decoder
 _COMPOSED = ("maps", "composition maps", "headlab maps MODEL --prompt TEXT --out FOLDER")  # of models that have them
 
 
@@ -53,7 +56,7 @@ class Found:
     prompts: list[Prompt] = field(default_factory=list)
     figures: list[tuple[str, str, Draw]] = field(default_factory=list)  # title, source, and how to draw it
     groups: dict[str, int] = field(default_factory=dict)
-    files: list[dict[str, Any]] = field(default_factory=list)  # name, kind, record, whether it is of another model
+    files: list[dict[str, Any]] = field(default_factory=list)  # file, kind, record, whether it is of another model
     problems: list[dict[str, str]] = field(default_factory=list)  # file and reason
     missing: list[dict[str, str]] = field(default_factory=list)  # what, and the command that makes it
 
@@ -76,6 +79,10 @@ def gather(folder: str | Path) -> Found:
     if not paths and not logs:
         raise HeadlabError(f"there are no results in {folder}: run headlab score MODEL --text FILE --out {folder} first")
     items, problems = _read(paths)
+    if not items and not logs and (folder / "config.json").exists():
+        raise HeadlabError(
+            f"{folder} holds a model, not results: give the folder that headlab's commands wrote into (--out)"
+        )
     main = _main_model(items)
     found = Found(folder.resolve().name, main, problems=problems)
     for log in logs:
@@ -89,9 +96,15 @@ def gather(folder: str | Path) -> Found:
     mine = [item for item in items if not _is_other(item, main)]
     found.figures = [*together(mine), *found.figures]
     parts = {item.kind for item in mine}
+    if any(row["stack"] for row in found.rows):
+        parts.update(_ONE_STACK)
     composed = re.match("DC|Composed", str(main.get("class", "")))
     expected = _EXPECTED | ({_COMPOSED[0]: _COMPOSED[1:]} if composed else {})
-    found.missing = [{"what": what, "command": command} for kind, (what, command) in expected.items() if kind not in parts]
+    commands = {kind: command for kind, (_, command) in expected.items()} | {"mask": _PRUNE}
+    for kind, (what, _) in expected.items():
+        if kind not in parts:
+            steps = [commands[one] for one in (*_FIRST.get(kind, ()), kind) if one not in parts]
+            found.missing.append({"what": what, "command": " && ".join(steps)})
     return found
 
 
@@ -163,7 +176,7 @@ def _is_other(item: Item, main: dict[str, Any]) -> bool:
 
 def _add(found: Found, item: Item, other: bool) -> None:
     """Add what a result has to say. Of another model that is its figures only: its heads are not these heads."""
-    found.files.append({"file": item.path.name, "kind": item.kind, "record": item.record, "other": other})
+    found.files.append({"file": item.path.name, "kind": item.kind, "record": unplaced(item.record), "other": other})
     if item.kind in _SILENT:
         return
     try:
@@ -171,28 +184,35 @@ def _add(found: Found, item: Item, other: bool) -> None:
     except Exception as error:  # see `_read`
         found.problems.append({"file": item.path.name, "reason": f"it could not be shown ({type(error).__name__}: {error})"})
         return
+    names = part.heads.union(*(prompt.patterns for prompt in part.prompts))
+    if strange := [name for name in sorted(names) if not _NAME.fullmatch(name)]:
+        reason = (
+            f"it is not shown: {strange[0]} is no name of a head, which is like L3H5 or dec.L3H5, each number up to 9999"
+        )
+        found.problems.append({"file": item.path.name, "reason": reason})
+        return
     found.figures += [(f"{title} (another model)" if other else title, item.path.name, draw) for title, draw in part.figures]
     if other:
-        name = _model(item).get("name") or _model(item).get("class") or "without a name"
+        name = called(str(_model(item).get("name") or _model(item).get("class") or "without a name"))
         reason = f"of another model ({name}, {_model(item)['fingerprint']}): its figures are here, its heads are not"
         found.problems.append({"file": item.path.name, "reason": reason})
         return
     found.columns += [column for column in part.columns if column.values]
     found.panels += part.panels
     found.prompts += part.prompts
+    found.problems += [{"file": item.path.name, "reason": reason} for reason in part.left_out]
     found.groups.update(part.groups)
-    _place(found, part)
+    _place(found, names)
 
 
-def _place(found: Found, part: Part) -> None:
-    """Give the part's heads their places in the rows: a row per stack and layer, also where a layer has no heads left."""
-    names = {head["name"] for row in found.rows for head in row["heads"]}
-    names |= part.heads | {name for prompt in part.prompts for name in prompt.patterns}
+def _place(found: Found, new: Iterable[str]) -> None:
+    """Give heads their places in the rows: a row per stack and layer, also where a layer has no heads left."""
+    names = {head["name"] for row in found.rows for head in row["heads"]} | set(new)
     at: dict[tuple[str, int], dict[int, str]] = {}
     for name in names:
         if match := _NAME.fullmatch(name):
             at.setdefault((match[1] or "", int(match[2])), {})[int(match[3])] = name
-    stacks = sorted({stack for stack, _ in at}, key=lambda s: (_STACKS.index(s) if s in _STACKS else len(_STACKS), s))
+    stacks = sorted({stack for stack, _ in at}, key=_STACKS.index)
     found.rows = [
         {
             "name": f"{stack} {layer}".strip(),
@@ -202,3 +222,18 @@ def _place(found: Found, part: Part) -> None:
         for stack in stacks
         for layer in range(max(number for name, number in at if name == stack) + 1)
     ]
+
+
+def called(name: str) -> str:
+    """A model's name; of a folder the last part, for where it lay says nothing to whom the page is sent."""
+    return Path(name).name if Path(name).is_absolute() or name.startswith(".") else name
+
+
+def unplaced(record: Any, of_model: bool = False) -> Any:
+    """A record in which models have their names, without where they lay."""
+    if isinstance(record, Mapping):
+        return {
+            key: called(value) if of_model and key == "name" and isinstance(value, str) else unplaced(value, key == "model")
+            for key, value in record.items()
+        }
+    return [unplaced(one, of_model) for one in record] if isinstance(record, (list, tuple)) else record

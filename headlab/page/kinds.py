@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from .. import plots
+from ..scores import Head
 from .parts import Column, Draw, Item, Line, Panel, Part, Prompt
 
 PARTNERS = 5  # shown per head and direction
 _LONGEST = 90  # characters of a prompt in the list of prompts
 _DIRECTIONS, _TOKENS = 5, 6  # shown of a circuit: singular directions, and tokens at each end of one
-_UNLIKE = 1.0  # above any Jensen-Shannon divergence (log 2)
 _MATRIX = 400  # heads whose pairs fit in a figure that a browser draws at once
 _SINGULAR = re.compile(r": (qk|ov) s\d+$")
 _PLACES = ("head", "stack", "layer", "index", "group")  # columns of a table that say which head it is
@@ -74,7 +74,7 @@ def _plain(value: Any) -> Any:
 def _scores(item: Item) -> Part:
     result = item.result
     part = _named_table(item, {"score": item.name})
-    part.figures.append((item.name, partial(_figure, "heads", result, f"Heads: {item.name}")))
+    part.figures.append((item.name, partial(_figure, "heads", result, plots.shown(f"Heads: {item.name}"))))
     return part
 
 
@@ -115,22 +115,23 @@ def _counted(record: Mapping[str, Any]) -> str:
 def _mask(item: Item) -> Part:
     result = item.result
     part = _named_table(item, {"kept": f"{item.name} (1 kept, 0 removed)"})
-    part.figures.append((item.name, partial(_figure, "heads", result, f"Heads kept: {item.name}")))
+    part.figures.append((item.name, partial(_figure, "heads", result, plots.shown(f"Heads kept: {item.name}"))))
     return part
 
 
 def _curve(item: Item) -> Part:
     """When each head goes; the figure shows all curves of the folder (see `together`)."""
     curve = item.result
+    heads = f"the {stack} heads" if (stack := item.record.get("stack")) else "heads"
     share, lines = {}, {}
     for step, names in enumerate(curve.removed):
         for name in names:
             if name not in share:
                 share[name] = float(curve.fractions[step])
-                text = f"goes at {100 * share[name]:.0f} % of heads removed; change up to there {curve.rises[step]:+.4g}"
+                text = f"goes at {100 * share[name]:.0f} % of {heads} removed; change up to there {curve.rises[step]:+.4g}"
                 lines[name] = [Line(text)]
     part = Part(heads=set(share))
-    part.columns.append(Column(f"{item.name}: share removed when it goes", item.path.name, share))
+    part.columns.append(Column(f"{item.name}: share of {heads} removed when it goes", item.path.name, share))
     part.panels.append(Panel("What removal costs", item.name, item.path.name, lines))
     return part
 
@@ -153,7 +154,13 @@ def _circuits(item: Item) -> Part:
     part.figures += [(f"{item.name}: {circuit}", partial(_figure, "spectra", table, circuit)) for circuit in ("ov", "qk")]
     if any(name.startswith("content_") for name in table.columns):
         part.figures.append((f"{item.name}: content by distance", partial(_figure, "content", table)))
+    if all(line.get("copying") is not None for line in table.lines):
+        part.figures.append((f"{item.name}: copying", partial(_copying, table)))
     return part
+
+
+def _copying(table: Any) -> Any:
+    return plots.heads(table.scores("copying"))
 
 
 def _directions(item: Item) -> Part:
@@ -172,7 +179,8 @@ def _directions(item: Item) -> Part:
             told = [f"{name} {' '.join(words[direction, side, end])}" for name, side in ((into, "in"), (out, "out"))]
             lines.append(Line(f"{end} {told[0]} \u2192 {told[1]}", value=size))
     label = f"{result.circuit.upper()}: top singular directions, from + and - end"
-    return Part(panels=[Panel("Circuits", label, item.path.name, {head: lines})], heads={head})
+    figures: list[tuple[str, Draw]] = [(item.name, partial(_figure, "tokens_of", result))]
+    return Part(panels=[Panel("Circuits", label, item.path.name, {head: lines})], figures=figures, heads={head})
 
 
 def _roles(item: Item) -> Part:
@@ -197,22 +205,29 @@ def _similarity(item: Item) -> Part:
     part = Part(heads=set(names))
     clusters = {name: f"cluster {cluster}" for name, cluster in zip(names, result.clusters, strict=True)}
     part.columns.append(Column(f"{item.name}: cluster of heads that attend alike", item.path.name, clusters))
-    near = _partners(_UNLIKE - np.nan_to_num(result.distances, nan=np.inf) - _UNLIKE * np.eye(len(names)) * 2, names, names)
-    lines = {name: [Line(x.text, x.head, _UNLIKE - (x.value or 0)) for x in found] for name, found in near.items()}
+    distances = np.where(np.isfinite(result.distances), result.distances, np.inf)
+    np.fill_diagonal(distances, np.inf)
+    lines = _partners(distances, names, names, nearest=True)
     part.panels.append(Panel("Partners", "Attends most like (Jensen-Shannon divergence, nats)", item.path.name, lines))
-    part.figures += [
-        (item.name, partial(_figure, "similarity", result)),
-        (f"{item.name}: pairs", partial(_figure, "similarity_matrix", result)),
-    ]
+    part.figures.append((item.name, partial(_figure, "similarity", result)))
+    _pairs(part, f"{item.name}: pairs", "similarity_matrix", result, len(names))
     return part
+
+
+def _pairs(part: Part, title: str, name: str, result: Any, n_heads: int) -> None:
+    """Add the matrix of all pairs, unless it has too many."""
+    if n_heads <= _MATRIX:
+        part.figures.append((title, partial(_figure, name, result)))
+    else:
+        part.left_out.append(f"no figure of all pairs of {n_heads} heads (at most {_MATRIX}): headlab.plots.{name} draws it")
 
 
 def _composition(item: Item) -> Part:
     """The strongest partners in and out, of scores with NaN where there is no such pair."""
     result = item.result
     sources, readers = ([str(end) for end in ends] for ends in (result.sources, result.readers))
-    values = np.nan_to_num(np.asarray(result.values.tolist(), dtype=float).reshape(len(sources), len(readers)), nan=-1.0)
-    heads = {str(end) for end in (*result.sources, *result.readers) if hasattr(end, "index")}
+    values = np.asarray(result.values.tolist(), dtype=float).reshape(len(sources), len(readers))
+    heads = {str(end) for end in (*result.sources, *result.readers) if isinstance(end, Head)}
     part = Part(heads=heads)
     what = f"{result.what}-composition (by chance {result.baseline:.2g})"
     for told, table, names, others in (("feeds", values, sources, readers), ("is fed by", values.T, readers, sources)):
@@ -221,17 +236,16 @@ def _composition(item: Item) -> Part:
         best = {name: found[0].value for name, found in lines.items() if found[0].value is not None}
         part.columns.append(Column(f"{item.name}: strongest that it {told}", item.path.name, best))
     part.figures.append((f"{item.name}: graph", partial(_figure, "composition_graph", result)))
-    if len(sources) <= _MATRIX:
-        part.figures.append((f"{item.name}: all pairs", partial(_figure, "composition_matrix", result)))
+    _pairs(part, f"{item.name}: all pairs", "composition_matrix", result, max(len(sources), len(readers)))
     return part
 
 
-def _partners(values: np.ndarray, names: list[str], others: list[str]) -> dict[str, list[Line]]:
-    """For every name the others with the highest values; below zero there is none."""
+def _partners(values: np.ndarray, names: list[str], others: list[str], nearest: bool = False) -> dict[str, list[Line]]:
+    """For every name the others with the highest values, or the lowest; those whose value is not finite are left out."""
     found = {}
     for name, row in zip(names, values, strict=True):
-        best = np.argsort(-row, kind="stable")[:PARTNERS]
-        if lines := [Line(others[i], others[i], float(row[i])) for i in best if row[i] >= 0]:
+        best = np.argsort(row if nearest else -row, kind="stable")[:PARTNERS]  # NaN comes last
+        if lines := [Line(others[i], others[i], float(row[i])) for i in best if np.isfinite(row[i])]:
             found[name] = lines
     return found
 
@@ -281,12 +295,10 @@ def _timing(item: Item) -> Part:
 def _evaluation(item: Item) -> Part:
     rows = item.result.rows
     factors = [*dict.fromkeys(factor for row in rows for factor in row["factors"]), "difficulty"]
+    title = plots.shown(f"Accuracy: {item.name}")
     figures: list[tuple[str, Draw]] = [
-        (item.name, partial(_figure, "tasks", item.result, factors, ["all", "first", "choice"], f"Accuracy: {item.name}")),
-        (
-            f"{item.name}, by task",
-            partial(_figure, "tasks", item.result, "task", ["all", "choice"], f"Accuracy: {item.name}"),
-        ),
+        (item.name, partial(_figure, "tasks", item.result, factors, ["all", "first", "choice"], title)),
+        (f"{item.name}, by task", partial(_figure, "tasks", item.result, "task", ["all", "choice"], title)),
     ]
     return Part(figures=figures)
 
@@ -317,15 +329,14 @@ def together(items: Iterable[Item]) -> list[tuple[str, str, Draw]]:
         of[item.kind].append(item)
     found: list[tuple[str, str, Draw]] = []
     if curves := of["curve"]:
-        by_metric: dict[str, dict[str, Item]] = defaultdict(dict)
+        alike: dict[tuple[str, bool], list[Item]] = defaultdict(list)
         for item in curves:
-            by_metric[str(item.record.get("metric") or "loss")][item.name.removeprefix("curve-")] = item
-        for metric, named in by_metric.items():
-            results = {name: item.result for name, item in named.items()}
-            title = f"Pruning curves ({metric})"
-            found.append(
-                (title, ", ".join(item.path.name for item in named.values()), partial(_figure, "curves", results, title))
-            )
+            alike[str(item.record.get("metric") or "loss"), bool(item.record.get("stack"))].append(item)
+        for (metric, by_stack), group in alike.items():
+            title = f"Pruning curves by stack ({metric})" if by_stack else f"Pruning curves ({metric})"
+            results = {item.name.removeprefix("curve-"): item.result for item in group}
+            sources = ", ".join(item.path.name for item in group)
+            found.append((title, sources, partial(_figure, "curves", results, plots.shown(title))))
     exact = [item for item in of["ablation"] if not item.record.get("keep_one")]
     for one in of["scores"]:
         for other in exact:

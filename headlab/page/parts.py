@@ -75,3 +75,4 @@ class Part:
     prompts: list[Prompt] = field(default_factory=list)
     groups: dict[str, int] = field(default_factory=dict)  # head -> the key-value head that it reads
     heads: set[str] = field(default_factory=set)  # that the result speaks of
+    left_out: list[str] = field(default_factory=list)  # what would be too large for the page, and what draws it

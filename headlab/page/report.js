@@ -3,7 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const place = new Map(data.heads.map((name, i) => [name, i]));
-const state = { head: null, column: 0, prompt: 0, ticket: 0 };
+const state = { head: null, pointed: null, column: 0, prompt: 0, ticket: 0 };
 
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -26,14 +26,26 @@ const visible = (token) => token.replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5
 
 // --- what is packed, unpacked when it is looked at
 
+const ROOM = 64 * 2 ** 20; // bytes that stay unpacked
 const unpacked = new Map();
+const sizes = new Map(); // of what has been unpacked, the oldest first
+let held = 0;
+function drop(id) {
+  held -= sizes.get(id) ?? 0;
+  sizes.delete(id);
+  unpacked.delete(id);
+}
+async function inflate(id) {
+  const bytes = Uint8Array.from(atob(byId(id).textContent), (c) => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const found = await new Response(stream).arrayBuffer();
+  sizes.set(id, found.byteLength);
+  held += found.byteLength;
+  for (const old of sizes.keys()) if (held > ROOM && old !== id) drop(old);
+  return found;
+}
 function unpack(id) {
-  if (!unpacked.has(id)) {
-    if (unpacked.size > 64) unpacked.delete(unpacked.keys().next().value);
-    const bytes = Uint8Array.from(atob(byId(id).textContent), (c) => c.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-    unpacked.set(id, new Response(stream).arrayBuffer());
-  }
+  if (!unpacked.has(id)) unpacked.set(id, inflate(id));
   return unpacked.get(id);
 }
 const unpackText = async (id) => new TextDecoder().decode(await unpack(id));
@@ -48,8 +60,15 @@ async function patternOf(prompt, name) {
     const root = signed ? (level - 128) / 127 : level / 255;
     return Math.sign(root) * root * root * scale;
   };
-  return { n, m, scale, signed, levels, weightOf, weight: (i) => weightOf(levels[i]), queries: prompt.tokens[row.queries], keys: prompt.tokens[row.keys] };
+  const { step } = prompt;
+  const cells = (tokens, count) => Array.from({ length: count }, (_, i) => {
+    const inside = tokens.slice(i * step, (i + 1) * step);
+    return { text: visible(inside.join("")), at: inside.length > 1 ? `${i * step}\u2026${i * step + inside.length - 1}` : String(i * step) };
+  });
+  return { n, m, scale, signed, levels, weightOf, weight: (i) => weightOf(levels[i]), same: row.queries === row.keys,
+    queries: cells(prompt.tokens[row.queries], n), keys: cells(prompt.tokens[row.keys], m) };
 }
+const coarse = ({ step }) => (step === 1 ? "" : `To keep the page small, every cell is the largest of ${step} x ${step} tokens. `);
 
 // --- colours
 
@@ -86,6 +105,7 @@ function scaleOf(column) {
 
 // --- the grid of heads
 
+const stacks = new Map([["enc", "Encoder"], ["dec", "Decoder"], ["cross", "Cross-attention"]]);
 const buttons = [];
 let roomy = false; // whether numbers fit in the cells
 function buildGrid() {
@@ -104,8 +124,7 @@ function buildGrid() {
   data.rows.forEach((row, number) => {
     if (row.stack !== stack || !block) {
       stack = row.stack;
-      const names = { enc: "Encoder", dec: "Decoder", cross: "Cross-attention" };
-      block = el("div", { class: "stack" }, stack ? el("h3", {}, names[stack] || stack) : null);
+      block = el("div", { class: "stack" }, stack ? el("h3", {}, stacks.get(stack)) : null);
       const numbers = Array.from({ length: widest }, (_, i) => el("span", {}, widest > 20 && i % 2 ? "" : String(i)));
       block.append(el("div", { class: "row numbers", "aria-hidden": "true" }, el("span", { class: "name" }), ...numbers));
       grid.append(block);
@@ -113,7 +132,7 @@ function buildGrid() {
     const line = el("div", { class: "row", role: "group", "aria-label": `layer ${row.name}` });
     line.append(el("span", { class: "name" }, row.name.split(" ").pop()));
     const at = new Map(row.heads.map(([head, index]) => [index, head]));
-    for (let index = 0; index < widest; index++) {
+    for (let index = 0; index <= (row.heads.at(-1)?.[1] ?? -1); index++) {
       if (!at.has(index)) { line.append(el("span", { "aria-hidden": "true" })); continue; }
       const head = at.get(index);
       const button = el("button", { type: "button", tabindex: buttons.some(Boolean) ? -1 : 0, "aria-pressed": "false",
@@ -127,15 +146,16 @@ function buildGrid() {
     const button = event.target.closest("button");
     if (button) choose(button.dataset.head);
   });
-  const tell = (event) => {
-    const button = event.target.closest("button");
-    byId("told").textContent = button ? button.getAttribute("aria-label") : "Point at a head, or press Tab and the arrow keys; click or Enter opens it.";
-  };
+  const tell = (event) => { state.pointed = event.target.closest("button"); tellPointed(); };
   grid.addEventListener("mouseover", tell);
   grid.addEventListener("focusin", tell);
   grid.addEventListener("mouseleave", () => tell({ target: grid }));
-  tell({ target: grid });
   grid.addEventListener("keydown", walk);
+}
+
+function tellPointed() {
+  const hint = buttons.length ? "Point at a head, or press Tab and the arrow keys; click or Enter opens it." : "";
+  byId("told").textContent = state.pointed?.getAttribute("aria-label") ?? hint;
 }
 
 function walk(event) {
@@ -146,7 +166,7 @@ function walk(event) {
   let [row, index] = [Number(from.dataset.row), Number(from.dataset.index)];
   for (let tries = 0; tries < 2000; tries++) {
     row += step[0]; index += step[1];
-    if (row < 0 || index < 0 || row >= data.rows.length || index > 4096) return;
+    if (row < 0 || index < 0 || row >= data.rows.length || index > 9999) return;
     const found = data.rows[row].heads.find(([, at]) => at === index);
     if (found) {
       from.tabIndex = -1;
@@ -169,6 +189,7 @@ function paint() {
     button.style.color = colour ? ink(colour) : "";
     button.textContent = roomy && typeof value === "number" ? short(value) : "";
   });
+  tellPointed();
   paintScale(column, scale);
   paintExtremes(column, scale);
 }
@@ -229,8 +250,7 @@ function drawPanel(name) {
   const row = data.rows.find((one) => one.heads.some(([head]) => head === i));
   const index = row.heads.find(([head]) => head === i)[1];
   const shared = data.groups[i] === null ? [] : row.heads.filter(([head]) => data.groups[head] === data.groups[i] && head !== i);
-  const stacks = { enc: "encoder, ", dec: "decoder, ", cross: "cross-attention, " };
-  const where = `${stacks[row.stack] || ""}layer ${row.name.split(" ").pop()}, head ${index}`;
+  const where = `${row.stack && `${stacks.get(row.stack).toLowerCase()}, `}layer ${row.name.split(" ").pop()}, head ${index}`;
   panel.replaceChildren(el("h2", {}, name), el("p", { class: "sub" }, where,
     ...(shared.length ? ["; shares keys and values with ", ...shared.flatMap(([head], k) => [
       el("span", { class: "together" }, headLink(data.heads[head]), k < shared.length - 1 ? "," : ""), " "])] : [])));
@@ -282,7 +302,7 @@ function drawPatterns(panel, name, ticket) {
   });
   panel.append(el("h3", {}, "Attention on the prompts"), there.length > 1 ? el("div", { class: "prompts" }, ...small) : "",
     el("div", { class: "pattern" }, el("h4", {}, prompt.name), canvas, line, tokens,
-      el("p", { class: "sub" }, "Rows ask, columns are looked at. Point at the picture or at a token.")));
+      el("p", { class: "sub" }, `${coarse(prompt)}Rows ask, columns are looked at. Point at the picture or at a token.`)));
   whenSeen(canvas, async () => {
     const pattern = await patternOf(prompt, name);
     if (!current()) return;
@@ -315,11 +335,10 @@ function drawPattern(canvas, { n, m, scale, signed, levels, weightOf }) {
 }
 
 function explore(pattern, canvas, line, tokens) {
-  const { n, m, scale, signed, weight, queries, keys } = pattern;
+  const { n, m, scale, signed, weight, same, queries, keys } = pattern;
   const shade = (w) => rgb(signed ? redBlue((w / scale + 1) / 2) : blues(0.75 * Math.sqrt(Math.max(w, 0) / Math.max(scale, 1))));
-  const spans = keys.map((token, key) => el("span", { "data-key": key, title: `token ${key}` }, visible(token)));
+  const spans = keys.map((token, key) => el("span", { "data-key": key, title: `token ${token.at}` }, token.text));
   tokens.replaceChildren(...spans);
-  const same = queries === keys;
   const show = (query, key) => {
     spans.forEach((span, k) => {
       span.style.background = shade(weight(query * m + k));
@@ -327,7 +346,7 @@ function explore(pattern, canvas, line, tokens) {
     });
     const best = Array.from({ length: m }, (_, k) => k).reduce((a, k) => (weight(query * m + k) > weight(query * m + a) ? k : a), 0);
     const at = key === null ? best : key;
-    line.textContent = `${visible(queries[query])} (${query}) \u2192 ${visible(keys[at])} (${at}): ${told(weight(query * m + at))}` + (key === null ? ", its strongest" : "");
+    line.textContent = `${queries[query].text} (${queries[query].at}) \u2192 ${keys[at].text} (${keys[at].at}): ${told(weight(query * m + at))}` + (key === null ? ", its strongest" : "");
   };
   canvas.addEventListener("mousemove", (event) => {
     const box = canvas.getBoundingClientRect();
@@ -351,7 +370,7 @@ const watcher = new IntersectionObserver((entries) => {
     const draw = seen.get(entry.target);
     seen.delete(entry.target);
     watcher.unobserve(entry.target);
-    draw();
+    draw().catch((error) => entry.target.replaceWith(el("span", { class: "sub failed" }, `could not be drawn (${error.message})`)));
   }
 }, { rootMargin: "200px" });
 function whenSeen(node, draw) { seen.set(node, draw); watcher.observe(node); }
@@ -369,6 +388,7 @@ function drawPrompt() {
   }
   const texts = Object.entries(prompt.tokens).map(([stack, tokens]) => [stack ? el("strong", {}, `${stack}: `) : "", ...tokens.map((token) => el("span", {}, visible(token)))]);
   byId("prompt-text").replaceChildren(...texts.flatMap((part, i) => (i ? [el("br"), ...part] : part)));
+  if (prompt.step > 1) box.append(el("p", { class: "sub" }, coarse(prompt)));
   if (prompt.holes) box.append(el("p", { class: "sub" }, `${prompt.holes} weights are not numbers (NaN); they are drawn as zero.`));
   for (const row of data.rows) {
     const heads = row.heads.map(([head]) => data.heads[head]).filter((name) => prompt.rows.some((one) => name in one.heads));
@@ -390,7 +410,7 @@ let plotly = null;
 function loadPlotly() {
   plotly ??= unpackText("plotly").then((code) => {
     document.head.append(el("script", {}, code));
-    unpacked.delete("plotly");
+    drop("plotly");
     return window.Plotly;
   });
   return plotly;
@@ -424,11 +444,11 @@ function buildMade() {
   }
   if (data.missing.length) {
     view.append(el("h3", {}, "Not in this folder"), el("table", { id: "missing" }, el("tbody", {}, ...data.missing.map((one) =>
-      el("tr", {}, el("td", {}, `no ${one.what} here`), el("td", {}, "run ", el("code", {}, one.command)))))));
+      el("tr", {}, el("td", {}, one.what), el("td", {}, "run ", el("code", {}, one.command)))))));
   }
   view.append(el("h3", {}, "What was read"));
   view.append(el("table", {}, el("thead", {}, el("tr", {}, ...["file", "what", "how"].map((title) => el("th", {}, title)))), el("tbody", {}, ...data.files.map((file) =>
-    el("tr", {}, el("td", {}, file.name || file.file), el("td", {}, file.kind + (file.other ? ", of another model" : "")),
+    el("tr", {}, el("td", {}, file.file), el("td", {}, file.kind + (file.other ? ", of another model" : "")),
       el("td", {}, summary(file.record), el("details", {}, el("summary", {}, "the whole record"), el("pre", {}, JSON.stringify(file.record, null, 1)))))))));
   view.append(el("p", { class: "sub" }, `Made by headlab ${data.version} from the folder ${data.folder}.`));
 }
@@ -464,6 +484,10 @@ function start() {
     openTab(next);
     byId(`tab-${next}`).focus();
   });
+  if (typeof DecompressionStream === "undefined") {
+    byId("notice").append(el("strong", {}, "This browser is too old for the patterns and figures (it has no DecompressionStream): open the page in a newer one."));
+    byId("notice").hidden = false;
+  }
   if (data.problems.length) {
     const reasons = new Map();
     for (const one of data.problems) reasons.set(one.reason, [...(reasons.get(one.reason) ?? []), one.file]);
@@ -476,7 +500,7 @@ function start() {
   byId("colour").addEventListener("change", (event) => { state.column = Number(event.target.value); paint(); });
   byId("prompt").append(...data.prompts.map((prompt, i) => el("option", { value: i }, prompt.name)));
   byId("prompt").addEventListener("change", (event) => { choosePrompt(Number(event.target.value)); });
-  openTab("heads");
+  openTab(data.heads.length ? "heads" : "figures");
   if (data.missing.length) {
     const button = el("button", { class: "link", type: "button", onclick: () => openTab("made") }, "how to add it");
     byId("absent").append(`Not in this folder: ${data.missing.map((one) => one.what).join(", ")} (`, button, ").");

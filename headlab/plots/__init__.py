@@ -11,7 +11,7 @@ except ImportError as error:
 from .answers import tasks
 from .behaviour import roles, similarity, similarity_matrix
 from .circuits import content, spectra, tokens_of
-from .common import save_html
+from .common import save_html, shown
 from .composing import composition_graph, composition_matrix
 from .composition import map_branches, map_grid, maps
 from .crossing import PROBES, feature_map, probe_kinds, probes
@@ -22,5 +22,5 @@ from .studies import correlation, profile
 __all__ = [
     "PROBES", "against", "composition_graph", "composition_matrix", "content", "correlation", "curves", "feature_map",
     "heads", "map_branches", "map_grid", "maps", "pattern", "probe_kinds", "probes", "profile", "roles", "save_html",
-    "similarity", "similarity_matrix", "spectra", "tasks", "timing", "tokens_of",
+    "shown", "similarity", "similarity_matrix", "spectra", "tasks", "timing", "tokens_of",
 ]  # fmt: skip
