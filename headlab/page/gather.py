@@ -95,17 +95,23 @@ def gather(folder: str | Path) -> Found:
         _add(found, item, other=_is_other(item, main))
     mine = [item for item in items if not _is_other(item, main)]
     found.figures = [*together(mine), *found.figures]
-    parts = {item.kind for item in mine}
+    there = {item.kind for item in mine}
     if any(row["stack"] for row in found.rows):
-        parts.update(_ONE_STACK)
-    composed = re.match("DC|Composed", str(main.get("class", "")))
+        there.update(_ONE_STACK)
+    found.missing = _missing(there, composed=bool(re.match("DC|Composed", str(main.get("class", "")))))
+    return found
+
+
+def _missing(there: set[str], composed: bool) -> list[dict[str, str]]:
+    """What the page could show and does not, with the commands that make it, those that they need first."""
     expected = _EXPECTED | ({_COMPOSED[0]: _COMPOSED[1:]} if composed else {})
     commands = {kind: command for kind, (_, command) in expected.items()} | {"mask": _PRUNE}
-    for kind, (what, _) in expected.items():
-        if kind not in parts:
-            steps = [commands[one] for one in (*_FIRST.get(kind, ()), kind) if one not in parts]
-            found.missing.append({"what": what, "command": " && ".join(steps)})
-    return found
+    steps = {kind: [one for one in (*_FIRST.get(kind, ()), kind) if one not in there] for kind in expected}
+    return [
+        {"what": what, "command": " && ".join(commands[one] for one in steps[kind])}
+        for kind, (what, _) in expected.items()
+        if kind not in there
+    ]
 
 
 def _read(paths: Iterable[Path]) -> tuple[list[Item], list[dict[str, str]]]:
