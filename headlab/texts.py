@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -95,32 +94,35 @@ def _json_lines(
     text: str, path: str | Path, wanted: str, labels: dict[str, int] | None
 ) -> list[dict[str, str | int | float]]:
     """Texts with targets, or with labels; `labels` has the numbers of those by name."""
-    rows = []
+    rows: list[dict[str, str | int | float]] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            if labels is not None and isinstance(row[wanted], str):
-                row[wanted] = labels[row[wanted]] if row[wanted] in labels else _no_label(path, number, row[wanted], labels)
-            if not isinstance(row["text"], str) or not isinstance(row[wanted], str if wanted == "target" else int | float):
-                raise TypeError
-            if labels is not None and len(labels) > 1 and row[wanted] not in labels.values():
-                _no_label(path, number, row[wanted], labels)
-            rows.append({"text": row["text"], wanted: row[wanted]})
+            said, value = row["text"], row[wanted]
         except (json.JSONDecodeError, KeyError, TypeError):
+            said = value = None
+        if not isinstance(said, str) or not isinstance(value, str if labels is None else str | int | float):
             raise HeadlabError(
                 f'{path}, line {number}: this model needs JSON lines with "text" and "{wanted}", '
                 f'as in {{"text": "...", "{wanted}": {"1" if wanted == "label" else chr(34) + "..." + chr(34)}}}'
-            ) from None
+            )
+        rows.append({"text": said, wanted: value if labels is None else _label(value, labels, f"{path}, line {number}")})
     if not rows:
         raise HeadlabError(f"{path} holds no examples")
     return rows
 
 
-def _no_label(path: str | Path, number: int, label: object, labels: dict[str, int]) -> NoReturn:
-    known = ", ".join(f"{i} ({name})" for name, i in labels.items())
-    raise HeadlabError(f"{path}, line {number}: the model has no label {label!r}; it has {known}")
+def _label(given: str | int | float, labels: dict[str, int], where: str) -> int | float:
+    """The number of a label, which may be given by its name. A model of one label (regression) takes any number."""
+    if len(labels) < 2 and not isinstance(given, str):
+        return given
+    number = labels.get(given, given) if isinstance(given, str) else given
+    if number not in labels.values():
+        known = ", ".join(f"{i} ({name})" for name, i in labels.items())
+        raise HeadlabError(f"{where}: the model has no label {given!r}; it has {known}")
+    return int(number)
 
 
 def _labelled(
