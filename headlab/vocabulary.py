@@ -73,7 +73,7 @@ class Vocabulary:
 
 def _rows_times(tokens: Tensor, weight: Tensor) -> Tensor:
     step = max(1, _BLOCK // tokens.shape[1])
-    return torch.cat([wide(block) @ weight.to(wide(block).dtype) for block in tokens.split(step)])
+    return torch.cat([(block := wide(part)) @ weight.to(block.dtype) for part in tokens.split(step)])
 
 
 def vocabulary_of(model: nn.Module, row: Attention, norm: Norm) -> Vocabulary:
@@ -309,7 +309,8 @@ def moments_of(model: nn.Module, row: Attention, vocabulary: Vocabulary) -> Mome
 def _moments(x: Float[Tensor, "row d"]) -> tuple[Tensor, Tensor]:
     mean, spread = x.double().mean(0), x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for block in x.split(max(1, _BLOCK // x.shape[1])):
-        away = wide(block) - mean.to(wide(block).dtype)
+        block = wide(block)
+        away = block - mean.to(block.dtype)
         spread += away.T @ away
     spread /= len(x)
     return spread + mean[:, None] * mean, spread

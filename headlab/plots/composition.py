@@ -153,7 +153,7 @@ def _small_maps(
         vertical_spacing=0.3 / (n_rows + 1),
     )
     largest = 0.0
-    for place, one in ((i, one) for i, one in enumerate(one for row in drawn for one in row)):
+    for place, one in enumerate(one for row in drawn for one in row):
         row, column = place // n_columns + 1, place % n_columns + 1
         axis = "" if place == 0 else str(place + 1)
         if one is None:
