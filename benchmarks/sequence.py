@@ -62,8 +62,8 @@ class Size:
     texts: int = 200_000  # sentences for that
 
 
-# Of 10,000 sentences the translator learns the language without an error (BLEU 99.97), and then not one of its 144 heads
-# makes a significant difference; of 3,000 it becomes as good as published ones.
+# Of 10,000 sentences the translator learns nearly all of the language (BLEU 99.97, measured once), and then not one of its
+# 144 heads made a significant difference to 512 sentences; of 3,000 it becomes as good as published ones.
 SIZES = {"translator": Size(pool=3_000), "classifier": Size(lr=3e-4, pool=50_000, masked=1500)}
 
 
