@@ -7,8 +7,7 @@ import pytest
 from torch import Tensor, nn
 
 import headlab as hl
-
-from . import zoo
+from tests.helpers import zoo
 
 
 def test_random_follows_its_seed() -> None:

@@ -24,8 +24,7 @@ from headlab.batches import (
     prepare,
     real_tokens,
 )
-
-from . import zoo
+from tests.helpers import zoo
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "d", "e"]
 IDS = torch.arange(3, 15).view(3, 4)

@@ -19,8 +19,7 @@ from headlab.looking import Look, at_patterns
 from headlab.models import heads, rows
 from headlab.repeated import repeated, special_tokens
 from headlab.sites import at_sites
-
-from . import zoo
+from tests.helpers import zoo
 
 Values = dict[str, list[tuple[float, int]]]  # per example: the sum over counted queries, and how many these are
 TESTED = ["gpt2", "llama-gqa", "llama-mqa", "mistral", "qwen3", "bert-mlm", "t5", "dcformer-mha", "dcpythia"]

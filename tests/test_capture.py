@@ -10,8 +10,7 @@ from torch import Tensor
 import headlab as hl
 from headlab.looking import Look, at_patterns
 from headlab.models import inner, rows
-
-from . import zoo
+from tests.helpers import zoo
 
 
 def run(model: Any, batch: dict[str, Tensor], what: Any, heads: Any = None, reduce: Any = None) -> Any:

@@ -18,8 +18,7 @@ from headlab import checkpoints
 from headlab.checkpoints import Profile, checkpoint_folders, profile
 from headlab.curves import Curve
 from headlab.models import describe
-
-from . import words, zoo
+from tests.helpers import words, zoo
 
 TENTHS = (0.3, 0.6, 1.0)
 

@@ -14,8 +14,7 @@ from headlab.circuits import ov, qk
 from headlab.models import rows
 from headlab.norms import final_norm, gain
 from headlab.rotary import is_rotary
-
-from . import surgical, zoo
+from tests.helpers import surgical, zoo
 
 
 @pytest.mark.parametrize("norm", ["raw", "fold"])

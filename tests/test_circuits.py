@@ -17,8 +17,7 @@ from headlab.models import rows
 from headlab.norms import final_norm, gain, norm_after, norm_before
 from headlab.rotary import is_rotary
 from headlab.weights import projections
-
-from . import surgical, zoo
+from tests.helpers import surgical, zoo
 
 _SCALED = {"original_max_position_embeddings": 13, "rope_theta": 100.0, "factor": 4.0}
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -11,10 +11,9 @@ import transformers as hf
 
 import headlab as hl
 from headlab.domains import stack_curves
-
-from . import zoo
-from .conftest import Failing, Run
-from .words import WORDS, save_with_tokenizer
+from tests.conftest import Failing, Run
+from tests.helpers import zoo
+from tests.helpers.words import WORDS, save_with_tokenizer
 
 SMALL = ["--examples", "5", "--length", "7", "--batch-size", "3"]
 

@@ -16,8 +16,7 @@ from headlab.composing import CompositionScores, MapReader, composition_scores, 
 from headlab.errors import HeadlabError
 from headlab.models import rows
 from headlab.norms import circuits_of, gain, norm_before
-
-from . import surgical, zoo
+from tests.helpers import surgical, zoo
 
 NAMES = ["gpt2", "neox", "llama-mha", "llama-gqa", "llama-mqa", "gemma2", "bert", "dcformer-gqa"]
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import headlab as hl
 from headlab.models import head_rows
-
-from . import zoo
+from tests.helpers import zoo
 
 FRACTIONS = [0.0, 0.21, 0.5, 0.77, 1.0]
 

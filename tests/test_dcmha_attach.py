@@ -25,10 +25,9 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 import headlab as hl
 from headlab.dcmha import BRANCHES, PLACES, Compose, DCFormerConfig, DCFormerForCausalLM, attach, attention, detach, scaled
 from headlab.families import attentions, families
-
-from . import zoo
-from .dcmha_loop import Maps
-from .surgical import in_steps, near, prompt
+from tests.helpers import zoo
+from tests.helpers.dcmha_loop import Maps
+from tests.helpers.surgical import in_steps, near, prompt
 
 SOME = ["gpt2", "neox", "llama-mha", "llama-gqa", "llama-mqa", "bert-mlm", "vit"]
 MORE = ["llama-bias", "mistral", "qwen2", "qwen3", "gemma3", "granite", "bert", "bert-classifier", "bert-decoder", "roberta",

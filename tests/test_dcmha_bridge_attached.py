@@ -21,7 +21,7 @@ from headlab import models
 from headlab.dcmha import BRANCHES, STAGES, attach
 from headlab.dcmha import bridge as module
 from headlab.dcmha.places import SCORE_TAPS
-from tests import zoo
+from tests.helpers import zoo
 
 LLAMAS = ["llama-mha", "llama-gqa", "llama-mqa"]
 JOINED = ["gpt2", "neox"]

@@ -26,8 +26,7 @@ from headlab.dcmha import (
 )
 from headlab.dcmha.places import DYNAMIC, STAGES
 from headlab.errors import HeadlabError
-
-from . import dcmha_loop
+from tests.helpers import dcmha_loop
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from headlab.dcmha.compose import Compose, Side, Sides, scaled
 from headlab.dcmha.places import BRANCHES, DYNAMIC, PLACES, SCORE_TAPS, SITES, STAGES, places_of
 from headlab.errors import HeadlabError
-
-from . import dcmha_loop
+from tests.helpers import dcmha_loop
 
 WIDTH, HEADS, HIDDEN = 7, 6, 3
 BATCH, QUERIES, KEYS = 2, 2, 3

@@ -32,9 +32,8 @@ from headlab.dcmha.factors import PARTS, LayerMaps, StageMaps
 from headlab.dcmha.maps import CompositionMaps, Link, composition_maps
 from headlab.errors import HeadlabError
 from headlab.models import rows
-
-from . import zoo
-from .words import WORDS, tokenizer
+from tests.helpers import zoo
+from tests.helpers.words import WORDS, tokenizer
 
 LAYERS, HEADS, D_HEAD, BATCH, POS = 2, 6, 4, 3, 7
 LEFT, RIGHT = [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]

@@ -26,8 +26,7 @@ from headlab.dcmha import BRANCHES, DCFormerConfig, DCFormerForCausalLM, DCPythi
 from headlab.dcmha.compose import Compose
 from headlab.dcmha.places import DYNAMIC, STAGES
 from headlab.errors import HeadlabError
-
-from . import dcmha_loop
+from tests.helpers import dcmha_loop
 
 VOCAB, LAYERS, BATCH, POS = 31, 3, 3, 11
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "chunked"])

@@ -14,8 +14,7 @@ from torch import Tensor
 
 import headlab as hl
 from headlab.dcmha import PLACES, SITES, Compose, attach
-
-from . import zoo
+from tests.helpers import zoo
 
 MODELS = ["dcformer-mha", "dcformer-gqa", "dcformer-mqa", "dcpythia", "dcformer-plain"]
 SOME = ["output", "head", "scores", "probabilities", "pre_base", "pre_query", "post_query_gate", "post_key", "post_key_gate"]

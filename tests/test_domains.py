@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 import headlab as hl
 from headlab.curves import pruning_curve
 from headlab.domains import Correlation, correlate, only, stack_curves
-
-from . import zoo
+from tests.helpers import zoo
 
 EVERY = ["gpt2", *zoo.MHA_GQA_MQA, "dcformer-mha", "bert-classifier", "t5"]
 numbers = st.floats(-1e6, 1e6, allow_subnormal=False)

@@ -14,8 +14,7 @@ import headlab as hl
 from headlab import families
 from headlab.families import Family, attentions, register
 from headlab.models import head_rows, rows
-
-from . import zoo
+from tests.helpers import zoo
 
 # rows per stack, query heads, key-value heads, d_head, and where the output projection of the first row stands
 MODELS = {

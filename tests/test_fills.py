@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 import headlab as hl
 from headlab.models import fingerprint, head_rows
-
-from . import zoo
-from .test_gates import GENERATING, GREEDY, logits, random_gates
+from tests.helpers import zoo
+from tests.test_gates import GENERATING, GREEDY, logits, random_gates
 
 Edit = Callable[[Tensor], Tensor | None]
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 import headlab as hl
 from headlab.models import describe, head_rows
-
-from . import zoo
-from .float64 import build64
+from tests.helpers import zoo
+from tests.helpers.float64 import build64
 
 GENERATING = [*zoo.CAUSAL, "t5"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

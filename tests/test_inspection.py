@@ -17,10 +17,9 @@ from headlab.circuit_tables import CircuitTable, circuit_table
 from headlab.composing import CompositionScores
 from headlab.domains import Correlation
 from headlab.prompts import Pattern
-
-from . import zoo
-from .conftest import Failing, Run
-from .words import WORDS, save_with_tokenizer
+from tests.conftest import Failing, Run
+from tests.helpers import zoo
+from tests.helpers.words import WORDS, save_with_tokenizer
 
 SMALL = ["--examples", 5, "--length", 7, "--batch-size", 3]
 RANDOM = ["--sequences", 3, "--tokens", 12]

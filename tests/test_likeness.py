@@ -18,8 +18,7 @@ from headlab.families import Attention
 from headlab.likeness import Similarity, divergences, similarity
 from headlab.looking import at_patterns
 from headlab.models import heads
-
-from . import zoo
+from tests.helpers import zoo
 
 
 def by_hand(model: torch.nn.Module, data: Sequence[dict[str, Tensor]], stack: str = "") -> np.ndarray:

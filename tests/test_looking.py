@@ -18,8 +18,7 @@ from headlab.dcmha.maps import composition_maps
 from headlab.families import Attention
 from headlab.looking import Look, at_patterns
 from headlab.models import inner, rows
-
-from . import zoo
+from tests.helpers import zoo
 
 
 def looks(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> dict[int, Look]:

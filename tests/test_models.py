@@ -12,9 +12,8 @@ from torch import nn
 
 import headlab as hl
 from headlab import models
-
-from . import zoo
-from .words import save_with_tokenizer
+from tests.helpers import zoo
+from tests.helpers.words import save_with_tokenizer
 
 
 def logits(model: nn.Module, name: str) -> torch.Tensor:

@@ -8,8 +8,7 @@ import headlab as hl
 from headlab.families import Attention
 from headlab.models import rows
 from headlab.norms import approximate, circuits_of, final_norm, gain, norm_after, norm_before
-
-from . import zoo
+from tests.helpers import zoo
 
 POST_NORM = ["bert", "bert-classifier", "bert-mlm", "electra", "roberta"]
 

@@ -17,9 +17,8 @@ from nbclient.exceptions import CellExecutionError
 
 import headlab as hl
 from benchmarks.real import smollm2
-
-from . import words
-from .zoo import build
+from tests.helpers import words
+from tests.helpers.zoo import build
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = [

@@ -18,8 +18,8 @@ from urllib.request import ProxyHandler, build_opener
 
 import pytest
 
-from .browser import browser
-from .test_notebooks import FIGURES, FOLDER, PLOTLY
+from tests.helpers.browser import browser
+from tests.test_notebooks import FIGURES, FOLDER, PLOTLY
 
 pytestmark = pytest.mark.slow
 

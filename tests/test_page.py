@@ -22,9 +22,8 @@ from headlab.page.gather import gather
 from headlab.page.kinds import KINDS
 from headlab.results import _HOMES
 from headlab.scores import HeadScores
-
-from . import made_up
-from .made_up import BOTH_SIDES, EVIL, RAGGED, model, square
+from tests.helpers import made_up
+from tests.helpers.made_up import BOTH_SIDES, EVIL, RAGGED, model, square
 
 
 class Scripts(HTMLParser):
@@ -414,8 +413,7 @@ def of_a_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from headlab.composing import composition_scores
     from headlab.likeness import similarity
     from headlab.prompts import attention_patterns
-
-    from .zoo import VOCAB, ZOO
+    from tests.helpers.zoo import VOCAB, ZOO
 
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)

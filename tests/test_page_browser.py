@@ -10,9 +10,8 @@ import pytest
 
 from headlab.page import build
 from headlab.page.build import report
-
-from . import made_up
-from .browser import Opened, browser
+from tests.helpers import made_up
+from tests.helpers.browser import Opened, browser
 
 pytestmark = pytest.mark.slow
 

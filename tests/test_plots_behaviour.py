@@ -10,8 +10,7 @@ from headlab.behaviour import Roles, roles
 from headlab.likeness import Similarity, similarity
 from headlab.models import heads
 from headlab.plots import behaviour as plots
-
-from . import zoo
+from tests.helpers import zoo
 
 
 @pytest.fixture(scope="module")

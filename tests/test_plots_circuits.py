@@ -7,8 +7,7 @@ import headlab as hl
 from headlab.circuit_tables import CircuitTable, circuit_table
 from headlab.plots.circuits import content, spectra, tokens_of
 from headlab.vocabulary import directions
-
-from . import surgical, zoo
+from tests.helpers import surgical, zoo
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ import headlab as hl
 from headlab.composing import CompositionScores, composition_scores, map_composition
 from headlab.errors import HeadlabError
 from headlab.plots.composing import composition_graph, composition_matrix
-
-from . import surgical, zoo
+from tests.helpers import surgical, zoo
 
 
 @pytest.fixture(scope="module")

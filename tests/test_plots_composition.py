@@ -13,8 +13,7 @@ from headlab import plots
 from headlab.dcmha.compose import Side
 from headlab.dcmha.factors import StageMaps
 from headlab.dcmha.maps import CompositionMaps, composition_maps
-
-from . import zoo
+from tests.helpers import zoo
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ import headlab as hl
 from headlab.plots.patterns import pattern
 from headlab.prompts import Pattern, attention_patterns
 from headlab.scores import Head
-
-from . import zoo
+from tests.helpers import zoo
 
 TOKENS = (" cat", "<b>x</b>", "\n", " ", "$a$", " cat", "a" * 40)
 

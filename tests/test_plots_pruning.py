@@ -6,8 +6,7 @@ import pytest
 import headlab as hl
 from headlab import plots
 from headlab.speed import shapes
-
-from . import zoo
+from tests.helpers import zoo
 
 
 @pytest.fixture(scope="module")

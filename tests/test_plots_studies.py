@@ -8,8 +8,7 @@ from headlab.checkpoints import Profile, profile
 from headlab.curves import Curve
 from headlab.domains import correlate
 from headlab.plots import studies
-
-from . import zoo
+from tests.helpers import zoo
 
 
 def scores(name: str, seed: int) -> hl.HeadScores:

@@ -11,9 +11,8 @@ import headlab as hl
 from headlab.looking import Look, at_patterns
 from headlab.models import rows
 from headlab.prompts import Pattern, attention_patterns
-
-from . import zoo
-from .words import save_with_tokenizer
+from tests.helpers import zoo
+from tests.helpers.words import save_with_tokenizer
 
 
 def one(name: str, example: int = 1) -> dict[str, Tensor]:

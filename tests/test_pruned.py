@@ -23,19 +23,8 @@ import headlab as hl
 from headlab import pruned
 from headlab.families import families
 from headlab.models import head_rows
-
-from . import zoo
-from .surgical import (
-    GENERATES,
-    MORE,
-    build,
-    generated,
-    in_steps,
-    near,
-    outputs,
-    prompt,
-    without_rows,
-)
+from tests.helpers import zoo
+from tests.helpers.surgical import GENERATES, MORE, build, generated, in_steps, near, outputs, prompt, without_rows
 
 TASK = {
     "bert": "AutoModel", "bert-mlm": "AutoModelForMaskedLM", "roberta": "AutoModelForMaskedLM",

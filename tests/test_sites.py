@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import headlab as hl
 from headlab.models import rows
 from headlab.sites import Pass, at_sites, is_hooked, replaying
-
-from . import zoo
+from tests.helpers import zoo
 
 
 @contextmanager

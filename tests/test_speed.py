@@ -8,8 +8,7 @@ import torch
 
 import headlab as hl
 from headlab.speed import shapes
-
-from . import zoo
+from tests.helpers import zoo
 
 
 @pytest.mark.parametrize("name", [*zoo.MHA_GQA_MQA, "gpt2", "bert", "t5"])

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 import headlab as hl
 from headlab.models import head_rows
-
-from . import zoo
-from .surgical import (
+from tests.helpers import zoo
+from tests.helpers.surgical import (
     ATTENTION,
     GENERATES,
     MORE,

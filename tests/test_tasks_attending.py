@@ -11,9 +11,8 @@ from headlab.errors import HeadlabError
 from synthetic_tasks import Answer, Context, evaluate
 from synthetic_tasks.attending import attention_on
 from synthetic_tasks.encoding import encode
-
-from . import zoo
-from .test_tasks_evaluation import CONTEXTS, MODELS, TOKENIZER, assert_same, judged, taught
+from tests.helpers import zoo
+from tests.test_tasks_evaluation import CONTEXTS, MODELS, TOKENIZER, assert_same, judged, taught
 
 
 @pytest.fixture(scope="module")

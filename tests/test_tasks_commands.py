@@ -21,8 +21,7 @@ from synthetic_tasks.attending import attention_on
 from synthetic_tasks.studies import SIZES, STUDIES, Size
 from synthetic_tasks.training import Outcome, Recipe, train
 from synthetic_tasks.training import Run as Training
-
-from .conftest import Run
+from tests.conftest import Run
 
 WORDS = ["--relation", "use", "--relation", "time", "--reported", "person", "--negation", "is", "--order", "plain"]
 SMALL = [*WORDS, "--contexts", 2, "--shots", 1, "--scored", 2]

@@ -15,8 +15,7 @@ from headlab.batches import IGNORED
 from headlab.errors import HeadlabError
 from synthetic_tasks import Answer, Context
 from synthetic_tasks.encoding import answer_batches, encode, pad, pad_token
-
-from . import zoo
+from tests.helpers import zoo
 
 PEOPLE = ("Ann", "Bob", "Zoë", "Lisa")
 THINGS = ("tea", "figs", "a fox", "coffee", "çay", "teapot")

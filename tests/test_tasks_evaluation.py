@@ -12,10 +12,9 @@ from headlab.errors import HeadlabError
 from synthetic_tasks import Answer, Context, Evaluation, evaluate
 from synthetic_tasks.encoding import answer_batches, encode
 from synthetic_tasks.evaluation import wilson
-
-from . import zoo
-from .test_tasks_encoding import make_context, make_tokenizer
-from .words import save_with_tokenizer
+from tests.helpers import zoo
+from tests.helpers.words import save_with_tokenizer
+from tests.test_tasks_encoding import make_context, make_tokenizer
 
 CHOICES = ("tea pot", "tea cup", "fox", "fig jam", "fig pie", "old tea")  # of several tokens, some of which begin alike
 TOKENIZER = make_tokenizer("bytes", bos=True, padding=False, things=CHOICES)

@@ -20,8 +20,7 @@ from headlab.dcmha import BRANCHES
 from headlab.errors import HeadlabError
 from synthetic_tasks import CrossComposition
 from synthetic_tasks.probes import COMPOSITIONAL, KINDS, ProbeConfig, ProbeForSequenceClassification, probe_config
-
-from . import dcmha_loop
+from tests.helpers import dcmha_loop
 
 SIZES = {"hidden_size": 11, "num_attention_heads": 3, "head_dim": 2}
 LEVELS = ("binding", "conflict")

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 import headlab as hl
 from headlab.models import head_rows
-
-from . import zoo
-from .float64 import build64, loss64
+from tests.helpers import zoo
+from tests.helpers.float64 import build64, loss64
 
 Rows = list[np.ndarray]
 REDUCTIONS = ["token", "example", "batch", "signed"]

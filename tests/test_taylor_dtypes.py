@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import headlab as hl
 from headlab.models import head_rows
-
-from . import zoo
+from tests.helpers import zoo
 
 D_HEAD = 10  # of the Llamas
 VALUE = "model.layers.1.self_attn.v_proj"

@@ -9,9 +9,8 @@ import transformers as hf
 
 import headlab as hl
 from headlab.texts import MASKED_SHARE
-
-from . import zoo
-from .words import WORDS, save_with_tokenizer, tokenizer
+from tests.helpers import zoo
+from tests.helpers.words import WORDS, save_with_tokenizer, tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,7 @@ from headlab import HeadlabError, variants
 from headlab.dcmha.attach import COMPOSING
 from headlab.pruned import PRUNING
 from headlab.variants import Variant, base_of, become, unwrapped
-
-from . import zoo
+from tests.helpers import zoo
 
 
 def _build(model: Any) -> None:

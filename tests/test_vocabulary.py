@@ -16,8 +16,7 @@ from headlab.models import rows
 from headlab.norms import final_norm, gain
 from headlab.rotary import learned_positions
 from headlab.vocabulary import Directions, directions, score_parts, top_pairs
-
-from . import zoo
+from tests.helpers import zoo
 
 
 def _whole(model: nn.Module, layer: int, head: int, circuit: str, norm: str, distance: int | None = None) -> Tensor:

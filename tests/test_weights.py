@@ -12,8 +12,7 @@ import headlab as hl
 from headlab.families import Attention
 from headlab.models import rows
 from headlab.weights import Projections, projections
-
-from . import zoo
+from tests.helpers import zoo
 
 N = 11  # random inputs
 

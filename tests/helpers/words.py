@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from .zoo import VOCAB
+from tests.helpers.zoo import VOCAB
 
 SPECIAL = {
     "pad_token": "[PAD]",

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import headlab as hl
 from headlab.models import head_rows
-
-from . import zoo
+from tests.helpers import zoo
 
 # described, but so like others that only pruning looks at them
 MORE = {

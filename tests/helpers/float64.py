@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from . import zoo
+from tests.helpers import zoo
 
 
 def build64(name: str) -> nn.Module:
