@@ -30,7 +30,7 @@ def main() -> None:
     if options.random:
         scores = hl.importance(model, method="random")
     else:
-        from headlab.models import tokenizer
+        from headlab.models.access import tokenizer
 
         from .real import licence_texts
 

@@ -7,7 +7,7 @@ first used: `import headlab` alone imports neither torch nor transformers.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import plots
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from .domains import correlate, stack_curves
     from .errors import HeadlabError
     from .exact import AblationScores, ablation
-    from .families import Family, register
     from .gates import Fill, capture, fill, masked
     from .likeness import similarity
-    from .models import bridge, heads, load
+    from .loading import bridge, load
+    from .models.access import heads
+    from .models.families import Family, register
     from .page.build import report
     from .prompts import attention_patterns
     from .results import Result
@@ -48,10 +49,11 @@ _HOME = {  # no module may have the name of something public: importing it would
     "domains": ("correlate", "stack_curves"),
     "errors": ("HeadlabError",),
     "exact": ("AblationScores", "ablation"),
-    "families": ("Family", "register"),
     "gates": ("Fill", "capture", "fill", "masked"),
     "likeness": ("similarity",),
-    "models": ("bridge", "heads", "load"),
+    "loading": ("bridge", "load"),
+    "models.access": ("heads",),
+    "models.families": ("Family", "register"),
     "page.build": ("report",),
     "prompts": ("attention_patterns",),
     "results": ("Result",),

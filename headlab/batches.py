@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import HeadlabError
-from .families import PRUNED
-from .models import inner, tokenizer
+from .models.access import inner, tokenizer
+from .models.variants import PRUNED
 
 Batch = dict[str, Tensor]
 Batches = Iterable[Batch] | Iterable[str]

@@ -11,7 +11,7 @@ from torch import nn
 
 from .batches import Batches, describe_data, prepare
 from .errors import HeadlabError
-from .models import describe
+from .models.access import describe
 from .repeated import Copying, repeated
 from .results import Result
 from .scores import Head, Heads, Rows

@@ -19,7 +19,8 @@ from .batches import Batches, Loss, Metric, describe_data, loss_name, prepare
 from .curves import TENTHS, Curve, pruning_curve
 from .errors import HeadlabError
 from .exact import AblationScores, ablation
-from .models import describe, load
+from .loading import load
+from .models.access import describe
 from .results import Result, RowLog
 from .scores import HeadScores
 from .taylor import Normalize, importance

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .errors import HeadlabError
-from .families import Attention
-from .models import describe, rows
-from .norms import Norm, approximate, circuits_of
+from .models.access import describe, rows
+from .models.attention_modules import Attention
+from .models.norms import Norm, approximate, circuits_of
+from .models.positions import angles, is_rotary, turned
+from .models.projections import Projections
 from .results import Result
-from .rotary import angles, is_rotary, turned
 from .scores import Head, Heads, HeadScores
 from .vocabulary import Moments, Vocabulary, moments_of, parts, vocabulary_of
-from .weights import Projections
 
 if TYPE_CHECKING:
     import pandas as pd

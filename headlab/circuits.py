@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from .dcmha.maps import CompositionMaps
 from .errors import HeadlabError
-from .families import Attention
-from .models import fingerprint, rows
-from .norms import Norm, circuits_of
-from .rotary import angles, turned
-from .weights import Projections
+from .models.access import fingerprint, rows
+from .models.attention_modules import Attention
+from .models.norms import Norm, circuits_of
+from .models.positions import angles, turned
+from .models.projections import Projections
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix

@@ -231,7 +231,7 @@ def prune(
     import torch
 
     from .gates import Fill, masked
-    from .models import inner, probe_batch, tokenizer
+    from .models.access import inner, probe_batch, tokenizer
     from .surgery import kept, save_pruned
     from .surgery import prune as pruned
 
@@ -270,7 +270,7 @@ def time(
 ) -> None:
     """Parameters, bytes on disk and latency of the dense, masked and pruned model."""
     from . import plots
-    from .models import heads
+    from .models.access import heads
     from .scores import HeadMask
     from .speed import shapes, timing
 

@@ -22,9 +22,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .errors import HeadlabError
-from .families import Attention, bare, weight_blocks
-from .models import describe, inner, rows
-from .norms import Norm, approximate, circuits_of, gain, norm_before
+from .models.access import describe, inner, rows
+from .models.attention_modules import Attention, bare, weight_blocks
+from .models.norms import Norm, approximate, circuits_of, gain, norm_before
 from .results import Result
 from .scores import Head
 

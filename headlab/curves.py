@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .batches import Batch, Batches, Loss, Metric, check_losses, describe_data, loss_name, own_loss, prepare
 from .errors import HeadlabError
 from .gates import Fill, check_fill, masked
-from .models import describe, evaluating, fingerprint, head_rows, heads
+from .models.access import describe, evaluating, fingerprint, head_rows, heads
 from .results import Result, RowLog
 from .scores import Head, HeadMask, HeadScores, Unit
 

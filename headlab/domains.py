@@ -19,7 +19,7 @@ from .batches import Batches, Loss, Metric
 from .curves import TENTHS, Curve, pruning_curve
 from .errors import HeadlabError
 from .gates import Fill
-from .models import head_rows
+from .models.access import head_rows
 from .results import Result
 from .scores import Head, Heads, HeadScores, Rows, Unit
 

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from .batches import Batch, Batches, Loss, check_losses, count_examples, describe_data, loss_name, own_loss, prepare
 from .errors import HeadlabError
-from .families import Attention, child
 from .gates import Fill, StandIn, check_fill, masked
-from .models import describe, evaluating, head_rows, inner, rows
+from .models.access import describe, evaluating, head_rows, inner, rows
+from .models.attention_modules import Attention, child
 from .results import RowLog
 from .scores import HeadScores
 from .sites import Pass, at_sites, first_broken, replaying

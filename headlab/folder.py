@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def open_model(name: str, dtype: Dtype, device: str) -> Any:
     import torch
 
-    from .models import load
+    from .loading import load
 
     quieten()
     check_device(device)
@@ -64,7 +64,7 @@ def batches(model: nn.Module, text: Path, examples: int, length: int, batch_size
 
 def prompts(model: nn.Module, prompts: list[str]) -> Any:
     """Prompts as the model takes them: texts for its tokenizer, or numbers."""
-    from .models import tokenizer
+    from .models.access import tokenizer
 
     if tokenizer(model) is not None:
         return prompts
@@ -74,7 +74,7 @@ def prompts(model: nn.Module, prompts: list[str]) -> Any:
         raise HeadlabError("no tokenizer lies beside the model: give the prompt as token numbers, as in '5 7 11'") from None
     import torch
 
-    from .models import inner
+    from .models.access import inner
 
     known = inner(model).config.get_text_config().vocab_size
     if unknown := [token for tokens in numbers for token in tokens if not 0 <= token < known]:
@@ -138,7 +138,7 @@ def once(kind: type[Any], path: Path, model: nn.Module, make: Callable[[], Any],
     Raises:
         HeadlabError: what is there is of another model, or was made with other options (those of its record).
     """
-    from .models import fingerprint
+    from .models.access import fingerprint
 
     if not path.exists():
         result = make()

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from .batches import Batches, describe_data, forward, prepare, real_tokens
 from .errors import HeadlabError
-from .families import Attention, weight_blocks
 from .looking import Look, at_patterns
-from .models import describe, evaluating, fingerprint, head_rows, rows
+from .models.access import describe, evaluating, fingerprint, head_rows, rows
+from .models.attention_modules import Attention, weight_blocks
 from .results import FORMAT, Result, read_tensors, write
 from .scores import Head, HeadMask
 from .sites import Pass, at_sites

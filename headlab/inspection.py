@@ -38,7 +38,7 @@ def circuits(
     from . import plots
     from .circuit_tables import CircuitTable, circuit_table
     from .composing import CompositionScores, composition_scores, map_composition
-    from .models import heads, rows
+    from .models.access import heads, rows
     from .vocabulary import directions
 
     loaded = folder.open_model(model, dtype, device)

@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 
 from .batches import Batch, Batches, describe_data, forward, prepare, real_tokens
 from .errors import HeadlabError
-from .families import Attention
 from .looking import Look, at_patterns
-from .models import describe, evaluating, inner, rows
+from .models.access import describe, evaluating, inner, rows
+from .models.attention_modules import Attention
 from .results import Result
 from .scores import Head
 

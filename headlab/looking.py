@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from .errors import HeadlabError
-from .families import Attention
-from .models import inner, rows
+from .models.access import inner, rows
+from .models.attention_modules import Attention
 from .sites import Pass, at_sites
 
 EAGER = "eager"  # the one attention implementation that has its pattern as a whole

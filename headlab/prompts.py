@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .batches import Batch, count_examples, describe_data, forward, prepare, real_tokens
 from .errors import HeadlabError
-from .families import Attention
 from .looking import Look, at_patterns
-from .models import describe, inner, rows, tokenizer
+from .models.access import describe, inner, rows, tokenizer
+from .models.attention_modules import Attention
 from .results import FORMAT, Result, read_tensors, write
 from .scores import Head
 

@@ -19,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .dcmha.attach import COMPOSED
 from .errors import HeadlabError
-from .families import PRUNED, Attention, Family, Groups, attentions, families, transposed, weight_blocks
-from .variants import Variant
+from .models.attention_modules import Attention, Groups, attentions, transposed, weight_blocks
+from .models.families import Family, families
+from .models.variants import PRUNED, Variant
 
 
 @dataclass(frozen=True)

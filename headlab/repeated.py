@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .batches import Batch, context_length
 from .errors import HeadlabError
-from .families import Attention, bare
 from .measures import Ratios
-from .models import inner, is_folded, rows, tokenizer
-from .norms import final_norm, gain, norm_after
+from .models.access import inner, is_folded, rows, tokenizer
+from .models.attention_modules import Attention, bare
+from .models.norms import final_norm, gain, norm_after
+from .models.projections import projections
 from .sites import Pass, at_sites
-from .weights import projections
 
 RANDOM_BATCH = 8  # sequences that go through the model at once
 

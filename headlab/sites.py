@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .errors import HeadlabError
-from .families import Attention, bare, child
-from .models import inner, rows
+from .models.access import inner, rows
+from .models.attention_modules import Attention, bare, child
 
 
 @dataclass(frozen=True)

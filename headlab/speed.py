@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .batches import Batches, forward, prepare
 from .errors import HeadlabError
 from .gates import masked
-from .models import describe, evaluating, inner, is_bridge, probe_batch, rows
+from .models.access import describe, evaluating, inner, is_bridge, probe_batch, rows
 from .results import Result
 from .scores import HeadMask
 

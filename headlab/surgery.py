@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import pruned
 from .errors import HeadlabError
-from .families import Attention, Groups, grouped, weight_blocks
 from .gates import Fill, check_fill
-from .models import fingerprint, head_rows, restored, rows
+from .models.access import fingerprint, head_rows, restored, rows
+from .models.attention_modules import Attention, Groups, grouped, weight_blocks
 from .pruned import Left
 from .results import building
 from .scores import HeadMask

@@ -26,9 +26,9 @@ from .batches import (
     real_tokens,
 )
 from .errors import HeadlabError
-from .families import Attention, weight_blocks
 from .gates import Fill, StandIn, check_fill
-from .models import describe, evaluating, head_rows, is_folded, rows
+from .models.access import describe, evaluating, head_rows, is_folded, rows
+from .models.attention_modules import Attention, weight_blocks
 from .scores import HeadScores
 from .sites import Pass, at_sites, first_broken
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .batches import IGNORED, loss_kind
 from .errors import HeadlabError
-from .models import tokenizer as tokenizer_of
+from .models.access import tokenizer as tokenizer_of
 
 MASKED_SHARE = 0.15  # of the tokens, as BERT was trained
 

@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 
 from .circuits import Circuit, factored, find_row, ov_factors, qk_factors
 from .errors import HeadlabError
-from .families import Attention, bare
-from .models import describe, inner, tokenizer
-from .norms import Gain, Norm, approximate, circuits_of, final_norm, gain
+from .models.access import describe, inner, tokenizer
+from .models.attention_modules import Attention, bare
+from .models.norms import Gain, Norm, approximate, circuits_of, final_norm, gain
+from .models.positions import learned_positions
+from .models.projections import wide
 from .results import Result
-from .rotary import learned_positions
 from .scores import Head
-from .weights import wide
 
 if TYPE_CHECKING:
     import pandas as pd

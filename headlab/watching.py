@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .batches import Batch, forward, real_tokens
-from .families import Attention, bare
 from .looking import Look, at_patterns
 from .measures import LayerSums, Text, aligned, marked, right_padded, visible
-from .models import evaluating, inner, rows, tokenizer
+from .models.access import evaluating, inner, rows, tokenizer
+from .models.attention_modules import Attention, bare
 from .repeated import Copying, special_tokens
 from .scores import Head, Heads, Rows
 

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from headlab.batches import forward
 from headlab.errors import HeadlabError
-from headlab.families import Attention
-from headlab.models import describe, evaluating, head_rows, inner, is_bridge, rows
+from headlab.models.access import describe, evaluating, head_rows, inner, is_bridge, rows
+from headlab.models.attention_modules import Attention
 from headlab.scores import HeadScores
 
 from .contexts import Context, Span

@@ -14,6 +14,7 @@ import torch
 
 from headlab.errors import HeadlabError
 from headlab.results import Result, RowLog
+from headlab.version import __version__
 
 from .probes import COMPOSITIONAL
 from .studies import SIZES, STUDIES, Point
@@ -108,8 +109,6 @@ def study(
         raise HeadlabError(f"the size is {' or '.join(map(repr, SIZES))}, not {size!r}")
     if seeds < 1:
         raise HeadlabError(f"{seeds} seeds: at least one")
-    from headlab import __version__
-
     machine = {"torch": torch.__version__, "device": _device(device)}
     rows = RowLog(log, {"what": "probes", "version": __version__} | machine)
     done = {row["run"] for row in rows.rows}

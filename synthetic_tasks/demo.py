@@ -18,7 +18,7 @@ from headlab.dcmha.maps import composition_maps
 from headlab.errors import HeadlabError
 from headlab.exact import ablation
 from headlab.gates import masked
-from headlab.models import load
+from headlab.loading import load
 from headlab.results import building, write
 from headlab.scores import HeadMask, HeadScores
 from headlab.speed import timing

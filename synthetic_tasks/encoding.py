@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from headlab.batches import IGNORED, data_fingerprint
 from headlab.errors import HeadlabError
-from headlab.models import inner
-from headlab.models import tokenizer as tokenizer_of
+from headlab.models.access import inner
+from headlab.models.access import tokenizer as tokenizer_of
 
 from .contexts import Answer, Context, Span
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from headlab.batches import forward
 from headlab.errors import HeadlabError
 from headlab.gates import Fill, Gates, masked
-from headlab.models import describe, evaluating, inner
+from headlab.models.access import describe, evaluating, inner
 from headlab.results import Result, RowLog
 from headlab.scores import HeadMask
 from headlab.sites import first_broken

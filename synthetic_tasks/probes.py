@@ -21,7 +21,7 @@ from headlab.dcmha import BRANCHES, Compose
 from headlab.dcmha.attention import Problem, Visible, attend
 from headlab.dcmha.compose import Projection, Weight
 from headlab.errors import HeadlabError
-from headlab.families import Family, register
+from headlab.models.families import Family, register
 
 from . import single
 from .single import flat

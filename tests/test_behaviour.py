@@ -16,7 +16,7 @@ from headlab import measures
 from headlab.batches import forward, real_tokens
 from headlab.behaviour import ROLES, HeadTable, PatternStats, Roles, patterns, roles
 from headlab.looking import Look, at_patterns
-from headlab.models import heads, rows
+from headlab.models.access import heads, rows
 from headlab.repeated import repeated, special_tokens
 from headlab.sites import at_sites
 from tests.helpers import zoo

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import headlab as hl
 from headlab.looking import Look, at_patterns
-from headlab.models import inner, rows
+from headlab.models.access import inner, rows
 from tests.helpers import zoo
 
 

@@ -17,7 +17,7 @@ import headlab as hl
 from headlab import checkpoints
 from headlab.checkpoints import Profile, checkpoint_folders, profile
 from headlab.curves import Curve
-from headlab.models import describe
+from headlab.models.access import describe
 from tests.helpers import words, zoo
 
 TENTHS = (0.3, 0.6, 1.0)

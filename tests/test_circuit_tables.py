@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 import headlab as hl
 from headlab.circuit_tables import DISTANCES, CircuitTable, circuit_table, copying
 from headlab.circuits import ov, qk
-from headlab.models import rows
-from headlab.norms import final_norm, gain
-from headlab.rotary import is_rotary
+from headlab.models.access import rows
+from headlab.models.norms import final_norm, gain
+from headlab.models.positions import is_rotary
 from tests.helpers import surgical, zoo
 
 

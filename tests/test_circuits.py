@@ -12,11 +12,11 @@ import headlab as hl
 from headlab import dcmha
 from headlab.circuits import composed_circuit, ov, qk
 from headlab.dcmha.maps import composition_maps
-from headlab.families import Attention
-from headlab.models import rows
-from headlab.norms import final_norm, gain, norm_after, norm_before
-from headlab.rotary import is_rotary
-from headlab.weights import projections
+from headlab.models.access import rows
+from headlab.models.attention_modules import Attention
+from headlab.models.norms import final_norm, gain, norm_after, norm_before
+from headlab.models.positions import is_rotary
+from headlab.models.projections import projections
 from tests.helpers import surgical, zoo
 
 _SCALED = {"original_max_position_embeddings": 13, "rope_theta": 100.0, "factor": 4.0}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import headlab as hl
 from headlab.composing import CompositionScores, MapReader, composition_scores, map_composition
 from headlab.errors import HeadlabError
-from headlab.models import rows
-from headlab.norms import circuits_of, gain, norm_before
+from headlab.models.access import rows
+from headlab.models.norms import circuits_of, gain, norm_before
 from tests.helpers import surgical, zoo
 
 NAMES = ["gpt2", "neox", "llama-mha", "llama-gqa", "llama-mqa", "gemma2", "bert", "dcformer-gqa"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab.models import head_rows
+from headlab.models.access import head_rows
 from tests.helpers import zoo
 
 FRACTIONS = [0.0, 0.21, 0.5, 0.77, 1.0]

@@ -24,7 +24,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 import headlab as hl
 from headlab.dcmha import BRANCHES, PLACES, Compose, DCFormerConfig, DCFormerForCausalLM, attach, attention, detach, scaled
-from headlab.families import attentions, families
+from headlab.models.attention_modules import attentions
+from headlab.models.families import families
 from tests.helpers import zoo
 from tests.helpers.dcmha_loop import Maps
 from tests.helpers.surgical import in_steps, near, prompt

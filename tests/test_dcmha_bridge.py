@@ -17,7 +17,6 @@ from transformer_lens.factories.architecture_adapter_factory import Architecture
 from transformer_lens.model_bridge import TransformerBridge
 
 import headlab as hl
-from headlab import models
 from headlab.dcmha import (
     BRANCHES,
     DCFormerConfig,
@@ -28,6 +27,7 @@ from headlab.dcmha import (
 )
 from headlab.dcmha import bridge as module
 from headlab.dcmha.compose import Side
+from headlab.models import access
 
 BATCH, POS, HEADS, D_HEAD, D_MODEL, LAYERS, VOCAB = 3, 7, 6, 10, 37, 2, 101
 _COMMON = {
@@ -86,7 +86,7 @@ def ids(n_pos: int = POS) -> Tensor:
 
 def logits(model: nn.Module, tokens: Tensor | None = None, **kwargs: Any) -> Tensor:
     with torch.no_grad():
-        return models.inner(model)(ids() if tokens is None else tokens, **kwargs).logits
+        return access.inner(model)(ids() if tokens is None else tokens, **kwargs).logits
 
 
 def off(a: Tensor, b: Tensor) -> float:
@@ -596,10 +596,10 @@ def test_norms_are_folded_exactly() -> None:
 @pytest.mark.parametrize("case", ALL)
 def test_heads_and_masks_are_the_plain_model_s(case: str) -> None:
     model, bridge = pair(case)
-    assert models.is_bridge(bridge)
+    assert access.is_bridge(bridge)
     assert hl.heads(bridge) == hl.heads(model)
     assert len(hl.heads(bridge)) == LAYERS * HEADS
-    assert models.fingerprint(bridge) == models.fingerprint(model)
+    assert access.fingerprint(bridge) == access.fingerprint(model)
     before = logits(model)
     for names in (["L0H0"], ["L1H5", "L1H2"]):
         mask = hl.HeadMask.without(hl.heads(model), names)

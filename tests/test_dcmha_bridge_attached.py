@@ -17,10 +17,10 @@ from transformer_lens.factories.architecture_adapter_factory import Architecture
 from transformer_lens.model_bridge import TransformerBridge
 
 import headlab as hl
-from headlab import models
 from headlab.dcmha import BRANCHES, STAGES, attach
 from headlab.dcmha import bridge as module
 from headlab.dcmha.places import SCORE_TAPS
+from headlab.models import access
 from tests.helpers import zoo
 
 LLAMAS = ["llama-mha", "llama-gqa", "llama-mqa"]
@@ -53,7 +53,7 @@ def ids(n_pos: int = POS) -> Tensor:
 
 def logits(model: nn.Module, tokens: Tensor | None = None, **kwargs: Any) -> Tensor:
     with torch.no_grad():
-        return models.inner(model)(ids() if tokens is None else tokens, **kwargs).logits
+        return access.inner(model)(ids() if tokens is None else tokens, **kwargs).logits
 
 
 def same(a: Tensor, b: Tensor, within: float = 3e-5) -> bool:
@@ -62,14 +62,14 @@ def same(a: Tensor, b: Tensor, within: float = 3e-5) -> bool:
 
 def sizes(model: Any) -> tuple[int, int, int]:
     """Heads, key-value heads, d_head."""
-    row = models.rows(model)[0]
+    row = access.rows(model)[0]
     return len(row.slots), len(row.groups), row.d_head
 
 
 def projections(model: Any, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
     """Weights [head, d_model, d_head] (o: [head, d_head, d_model]) and biases of a layer, read off the module by hand."""
     n, n_kv, d = sizes(model)
-    attention = models.rows(model)[layer].module
+    attention = access.rows(model)[layer].module
     if hasattr(attention, "c_attn"):
         parts = attention.c_attn.weight.T.chunk(3)
         biases: Any = attention.c_attn.bias.chunk(3)
@@ -113,7 +113,7 @@ def test_logits_are_the_plain_model_s(name: str, padding: bool) -> None:
 def test_maps_matter(name: str) -> None:
     model, bridge = pair(name)
     silent = copy.deepcopy(model)
-    for row in models.rows(silent):
+    for row in access.rows(silent):
         for parameter in row.compose.parameters():
             parameter.data.zero_()
     assert (logits(silent) - logits(bridge)).abs().max() > 0.1
@@ -180,7 +180,7 @@ def test_hook_points(name: str) -> None:
     for layer in range(LAYERS):
         assert {point: tuple(cache[f"blocks.{layer}.attn.{point}"].shape) for point in table} == table
     taps: dict[str, Tensor] = {}
-    compose = models.rows(model)[1].compose
+    compose = access.rows(model)[1].compose
     handles = [
         part.register_forward_hook(lambda _, __, out, tap=tap: taps.update({tap: out})) for tap, part in compose.taps.items()
     ]
@@ -244,7 +244,7 @@ def test_one_value_head_edited(name: str) -> None:
     edited = copy.deepcopy(model)
     n, n_kv, d = sizes(model)
     head = n_kv - 1
-    row = models.rows(edited)[0]
+    row = access.rows(edited)[0]
     block = row.family.block("v", head, n, n_kv)
     projection = row.projection(row.family.v)
     weight = projection.weight.T if name == "gpt2" else projection.weight
@@ -341,7 +341,7 @@ def test_load_gives_the_plain_model_back(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(plain), logits(model))
     plain.save_pretrained(tmp_path)
     assert torch.equal(logits(hl.load(tmp_path)), logits(model))
-    assert models.fingerprint(bridge) == models.fingerprint(model)
+    assert access.fingerprint(bridge) == access.fingerprint(model)
 
 
 @pytest.mark.filterwarnings("ignore:ComposedBert.* does not support fold_ln")

@@ -31,7 +31,7 @@ from headlab.dcmha.compose import Side
 from headlab.dcmha.factors import PARTS, LayerMaps, StageMaps
 from headlab.dcmha.maps import CompositionMaps, Link, composition_maps
 from headlab.errors import HeadlabError
-from headlab.models import rows
+from headlab.models.access import rows
 from tests.helpers import zoo
 from tests.helpers.words import WORDS, tokenizer
 

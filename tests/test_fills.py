@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab.models import fingerprint, head_rows
+from headlab.models.access import fingerprint, head_rows
 from tests.helpers import zoo
 from tests.test_gates import GENERATING, GREEDY, logits, random_gates
 

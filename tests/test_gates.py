@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab.models import describe, head_rows
+from headlab.models.access import describe, head_rows
 from tests.helpers import zoo
 from tests.helpers.float64 import build64
 

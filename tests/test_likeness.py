@@ -14,10 +14,10 @@ from torch import Tensor
 import headlab as hl
 from headlab import likeness
 from headlab.batches import forward, real_tokens
-from headlab.families import Attention
 from headlab.likeness import Similarity, divergences, similarity
 from headlab.looking import at_patterns
-from headlab.models import heads
+from headlab.models.access import heads
+from headlab.models.attention_modules import Attention
 from tests.helpers import zoo
 
 

@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import headlab as hl
 from headlab.dcmha.maps import composition_maps
-from headlab.families import Attention
 from headlab.looking import Look, at_patterns
-from headlab.models import inner, rows
+from headlab.models.access import inner, rows
+from headlab.models.attention_modules import Attention
 from tests.helpers import zoo
 
 

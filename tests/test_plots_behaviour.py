@@ -8,7 +8,7 @@ import pytest
 import headlab as hl
 from headlab.behaviour import Roles, roles
 from headlab.likeness import Similarity, similarity
-from headlab.models import heads
+from headlab.models.access import heads
 from headlab.plots import behaviour as plots
 from tests.helpers import zoo
 

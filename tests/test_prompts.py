@@ -9,7 +9,7 @@ from torch import Tensor
 
 import headlab as hl
 from headlab.looking import Look, at_patterns
-from headlab.models import rows
+from headlab.models.access import rows
 from headlab.prompts import Pattern, attention_patterns
 from tests.helpers import zoo
 from tests.helpers.words import save_with_tokenizer

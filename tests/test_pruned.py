@@ -21,8 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import headlab as hl
 from headlab import pruned
-from headlab.families import families
-from headlab.models import head_rows
+from headlab.models.access import head_rows
+from headlab.models.families import families
 from tests.helpers import zoo
 from tests.helpers.surgical import GENERATES, MORE, build, generated, in_steps, near, outputs, prompt, without_rows
 

@@ -10,7 +10,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab.models import rows
+from headlab.models.access import rows
 from headlab.sites import Pass, at_sites, is_hooked, replaying
 from tests.helpers import zoo
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab.models import head_rows
+from headlab.models.access import head_rows
 from tests.helpers import zoo
 from tests.helpers.surgical import (
     ATTENTION,

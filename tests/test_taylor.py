@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab.models import head_rows
+from headlab.models.access import head_rows
 from tests.helpers import zoo
 from tests.helpers.float64 import build64, loss64
 

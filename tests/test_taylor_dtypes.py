@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab.models import head_rows
+from headlab.models.access import head_rows
 from tests.helpers import zoo
 
 D_HEAD = 10  # of the Llamas

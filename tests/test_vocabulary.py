@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import headlab as hl
 from headlab import vocabulary
 from headlab.circuits import ov, qk
-from headlab.models import rows
-from headlab.norms import final_norm, gain
-from headlab.rotary import learned_positions
+from headlab.models.access import rows
+from headlab.models.norms import final_norm, gain
+from headlab.models.positions import learned_positions
 from headlab.vocabulary import Directions, directions, score_parts, top_pairs
 from tests.helpers import zoo
 

@@ -24,8 +24,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.generic import TransformersKwargs
 
 from ..errors import HeadlabError
-from ..families import PRUNED, Attention, attentions, families, width_in
-from ..variants import Variant, base_of
+from ..models.attention_modules import Attention, attentions, width_in
+from ..models.families import families
+from ..models.variants import PRUNED, Variant, base_of
 from .attention import Problem, Visible, attend, check_backend
 from .cache import remember
 from .compose import Compose, Sides

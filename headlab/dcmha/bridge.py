@@ -46,7 +46,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from ..errors import HeadlabError
-from ..families import attentions, child
+from ..models.attention_modules import attentions, child
 from .attach import IMPLEMENTATION
 from .hooked import (
     ComposedAttentionBridge,

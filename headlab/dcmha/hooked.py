@@ -19,7 +19,8 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from ..families import Family, child, families, weight_blocks
+from ..models.attention_modules import child, weight_blocks
+from ..models.families import Family, families
 from .places import SCORE_TAPS
 
 

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from ..batches import Batch, Batches, describe_data, forward, prepare, real_tokens
 from ..errors import HeadlabError
-from ..families import Attention, bare
-from ..models import describe, evaluating, rows, tokenizer
+from ..models.access import describe, evaluating, rows, tokenizer
+from ..models.attention_modules import Attention, bare
 from ..results import FORMAT, Result, read_tensors, write
 from .compose import Compose, Side, Sides
 from .factors import FACTORS, PARTS, SIDES, LayerMaps, Moments, StageMaps, mean_product, moments

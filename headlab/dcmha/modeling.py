@@ -19,20 +19,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..errors import HeadlabError
-from ..families import Family, register
+from ..models.families import Family, register
+from ..models.positions import rotate
 from . import checkpoint
 from .attention import Problem, Visible, attend
 from .cache import check_layers, remember
 from .compose import Compose, Projection, Weight
 from .configuration import DCConfig, DCFormerConfig, DCPythiaConfig
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on the first features of every head (x: [batch, head, pos, d_head], cos: [batch, 1, pos, 2n])."""
-    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
-    first, second = turned.chunk(2, -1)
-    turned = turned * cos + torch.cat([-second, first], -1) * sin  # in the dtype of cos and sin
-    return torch.cat([turned.to(x.dtype), rest], -1)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -362,7 +355,7 @@ class DCPythiaForCausalLM(DCForCausalLM):
     body = DCPythiaModel
 
 
-DCMHA = register(Family("dcmha", ("DCAttention",), model_types=("dcformer", "dcpythia")))
+DCMHA = register(Family("dcmha", ("DCAttention",), angles=rotary_of, model_types=("dcformer", "dcpythia")))
 
 for _config, _body, _model in (
     (DCFormerConfig, DCFormerModel, DCFormerForCausalLM),

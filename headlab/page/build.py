@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__
 from ..errors import HeadlabError
 from ..results import write
+from ..version import __version__
 from .gather import Found, called, gather
 from .parts import Prompt
 

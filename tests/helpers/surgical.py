@@ -10,7 +10,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab.models import head_rows
+from headlab.models.access import head_rows
 from tests.helpers import zoo
 
 # described, but so like others that only pruning looks at them

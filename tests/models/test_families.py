@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab import families
-from headlab.families import Family, attentions, register
-from headlab.models import head_rows, rows
+from headlab.models import families
+from headlab.models.access import head_rows, rows
+from headlab.models.families import Family, register
 from tests.helpers import zoo
 
 # rows per stack, query heads, key-value heads, d_head, and where the output projection of the first row stands
@@ -246,7 +246,7 @@ def test_an_unknown_attention_module_is_named() -> None:
         hl.heads(OwnModel(OwnConfig()))
     message = one_line(caught)
     assert "core.blocks.0 (TwoWayAttention)" in message
-    assert "headlab.families.register(Family(" in message
+    assert "hl.register(hl.Family(" in message
 
 
 def test_an_unknown_attention_module_beside_known_ones_is_named() -> None:
@@ -264,10 +264,10 @@ def test_a_model_without_attention_is_named() -> None:
 
 
 def test_layouts_that_no_description_fits() -> None:
-    found = attentions(zoo.build("llama-gqa"))[0]
-    found.module.v_proj = nn.Linear(42, 40)
-    with pytest.raises(hl.HeadlabError, match="self_attn has 6 query heads on 4 key-value heads"):
-        families._layout(found.module, found.family, "self_attn")
+    odd = zoo.build("llama-gqa")
+    odd.model.layers[1].self_attn.v_proj = nn.Linear(42, 40)
+    with pytest.raises(hl.HeadlabError, match=r"layers\.1\.self_attn has 6 query heads on 4 key-value heads"):
+        hl.heads(odd)
     crossing = hf.GPT2Model(
         hf.GPT2Config(
             n_embd=12, n_head=4, n_layer=1, vocab_size=11, bos_token_id=0, eos_token_id=1, add_cross_attention=True

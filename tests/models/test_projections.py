@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab.families import Attention
-from headlab.models import rows
-from headlab.weights import Projections, projections
+from headlab.models.access import rows
+from headlab.models.attention_modules import Attention
+from headlab.models.projections import Projections, projections
 from tests.helpers import zoo
 
 N = 11  # random inputs

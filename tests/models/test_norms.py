@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab.families import Attention
-from headlab.models import rows
-from headlab.norms import approximate, circuits_of, final_norm, gain, norm_after, norm_before
+from headlab.models.access import rows
+from headlab.models.attention_modules import Attention
+from headlab.models.norms import approximate, circuits_of, final_norm, gain, norm_after, norm_before
 from tests.helpers import zoo
 
 POST_NORM = ["bert", "bert-classifier", "bert-mlm", "electra", "roberta"]

@@ -17,6 +17,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import output_capturing
 
+PRUNED = "headlab_"  # how the model type of a pruned model begins: headlab_llama
 _variants: list[Variant] = []
 
 

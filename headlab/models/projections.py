@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .families import Attention, weight_blocks, width_out
+from .attention_modules import Attention, weight_blocks, width_out
 
 Part = Literal["q", "k", "v", "o"]
 

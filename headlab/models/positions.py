@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .dcmha.modeling import rotary_of, rotate
-from .errors import HeadlabError
-from .families import Attention, bare
-from .models import inner
+from ..errors import HeadlabError
+from .access import inner
+from .attention_modules import Attention, bare
 
 Angles = tuple[Tensor, Tensor]
 """cos and sin, [position, features that turn]."""
@@ -22,7 +21,7 @@ def is_rotary(model: nn.Module, row: Attention) -> bool:
     """Whether queries and keys of this attention module are rotated (SmolLM3 leaves some layers out)."""
     if row.stack == "cross" or not getattr(row.core, "use_rope", True):
         return False
-    return row.family.name == "dcmha" or _module(model) is not None
+    return row.family.angles is not None or _module(model) is not None
 
 
 def _module(model: nn.Module) -> nn.Module | None:
@@ -45,8 +44,8 @@ def angles(model: nn.Module, row: Attention, distances: list[int], like: Tensor)
             f"{row.path} has no rotary positions, so its QK circuit is the same at every distance: leave distance out"
         )
     places = torch.tensor([distances], device=like.device)
-    if row.family.name == "dcmha":
-        cos, sin = rotary_of(row.core.config, places, like.dtype)
+    if row.family.angles is not None:
+        cos, sin = row.family.angles(row.core.config, places, like.dtype)
         return cos[0, 0], sin[0, 0]
     module: Any = copy.deepcopy(_module(model))  # a scaling that depends on the length is kept in the module
     more = {"layer_type": row.core.config.layer_types[row.core.layer_idx]} if hasattr(module, "layer_types") else {}
@@ -68,3 +67,11 @@ def learned_positions(model: nn.Module) -> Float[Tensor, "pos d_model"] | None:
             fits = found.embedding_dim == inner(model).config.get_text_config().hidden_size
             return found.weight.detach()[first:] if fits else None
     return None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on the first features of every head (x: [batch, head, pos, d_head], cos: [batch, 1, pos, 2n])."""
+    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos + torch.cat([-second, first], -1) * sin  # in the dtype of cos and sin
+    return torch.cat([turned.to(x.dtype), rest], -1)

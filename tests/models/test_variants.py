@@ -14,10 +14,11 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from headlab import HeadlabError, variants
+from headlab import HeadlabError
 from headlab.dcmha.attach import COMPOSING
+from headlab.models import variants
+from headlab.models.variants import Variant, base_of, become, unwrapped
 from headlab.pruned import PRUNING
-from headlab.variants import Variant, base_of, become, unwrapped
 from tests.helpers import zoo
 
 

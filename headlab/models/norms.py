@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .errors import HeadlabError
-from .families import Attention, bare, child
-from .models import inner, is_folded, rows
-from .weights import Projections, projections, wide
+from ..errors import HeadlabError
+from .access import inner, is_folded, rows
+from .attention_modules import Attention, bare, child
+from .projections import Projections, projections, wide
 
 Norm = Literal["raw", "fold"]
 _BEFORE = ("input_layernorm", "ln_1", "layer_norm", "layernorm_before")  # beside the attention module

@@ -1,93 +1,21 @@
-"""One description per attention family, read by every algorithm, and the search for attention modules in a model.
-
-A description says where an attention module keeps its q, k, v and output projections and how the heads lie in them.
-Supporting a new architecture means registering one more:
-
->>> from headlab.families import Family, register
->>> register(Family("mine", attention=("MyAttention",), q="wq", k="wk", v="wv", o="wo", d_head="head_dim"))  # doctest: +SKIP
-"""
+"""The search for attention modules in a model, and the heads that each one holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from .errors import HeadlabError
-from .scores import Head
+from ..errors import HeadlabError
+from ..scores import Head
+from .families import Family, family_of
 
-PRUNED = "headlab_"  # how the model type of a pruned model begins: headlab_llama
 Groups = tuple[tuple[int, tuple[int | None, ...]], ...]
 """The heads of one attention module as they lie in its weights: for every key-value head its original number and the
 original numbers of the query heads that read it; None is a padding slot (a query head of zeros)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Family:
-    """How one kind of attention module lays out its heads. Paths are relative to the module.
-
-    Attributes:
-        attention: class names of the modules described (exact names: a subclass may compute something else).
-        q, k, v: the three projections; or all of them the same path for one joined projection.
-        o: the output projection; its input is the heads' site.
-        joined: how q, k and v share a projection: `None` (they don't), `blocks` (all of q, then k, then v; GPT-2) or
-            `heads` (q, k and v of head 0, then of head 1 ...; GPT-NeoX).
-        d_head: attribute that holds the size of a head.
-        core: the submodule that computes the heads, where the output projection stands beside it (BERT).
-        counts: attributes that follow the number of heads, and what they count: `slots` (query heads), `width`
-            (query heads x d_head) or `ratio` (query heads per key-value head).
-        cross: names of attributes that hold cross-attention.
-        shared_bias: the module shares a position bias with one row per head among layers (T5).
-        model_types: `config.model_type` of models known to use it; their pruned models open with `AutoModel`.
-    """
-
-    name: str
-    attention: tuple[str, ...]
-    q: str = "q_proj"
-    k: str = "k_proj"
-    v: str = "v_proj"
-    o: str = "o_proj"
-    joined: Literal["blocks", "heads"] | None = None
-    d_head: str = "head_dim"
-    core: str = ""
-    counts: Mapping[str, Literal["slots", "width", "ratio"]] = field(default_factory=dict)
-    cross: tuple[str, ...] = ()
-    shared_bias: bool = False
-    model_types: tuple[str, ...] = ()
-
-    def block(self, part: str, index: int, n_slots: int, n_kv: int) -> int:
-        """Which block of d_head rows of its projection holds a query slot (`q`) or a key-value head (`k`, `v`).
-
-        `n_slots` and `n_kv` count what the projection holds now.
-
-        >>> GPT2.block("v", 1, n_slots=3, n_kv=3)
-        7
-        """
-        if self.joined == "blocks":
-            return index + {"q": 0, "k": n_slots, "v": n_slots + n_kv}[part]
-        return 3 * index + "qkv".index(part) if self.joined == "heads" else index
-
-    def blocks(
-        self, slots: Sequence[int | None], keys: Sequence[int], values: Sequence[int], n_slots: int, n_kv: int
-    ) -> dict[str, list[int | None]]:
-        """For each input projection, the blocks that hold these query slots, keys and values, in its order.
-
-        A block is None where the slot is (padding).
-
-        >>> GPT2.blocks([0, 2], [0, 2], [0, 2], n_slots=3, n_kv=3)
-        {'c_attn': [0, 2, 3, 5, 6, 8]}
-        """
-        found: dict[str, list[int | None]] = {self.q: [], self.k: [], self.v: []}
-        parts = [("q", slots), ("k", keys), ("v", values)]
-        if self.joined == "heads":
-            parts = [(part, [slot]) for slot in slots for part, _ in parts]
-        for part, indices in parts:
-            blocks = (None if i is None else self.block(part, i, n_slots, n_kv) for i in indices)
-            found[getattr(self, part)].extend(blocks)
-        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,20 +97,6 @@ def child(module: nn.Module, path: str) -> nn.Module:
     return module
 
 
-_registry: dict[str, Family] = {}
-
-
-def register(family: Family) -> Family:
-    """Make a description known under the class names of its attention modules. Returns it."""
-    _registry.update(dict.fromkeys(family.attention, family))
-    return family
-
-
-def families() -> tuple[Family, ...]:
-    """Every registered description."""
-    return tuple(dict.fromkeys(_registry.values()))
-
-
 def attentions(root: nn.Module) -> tuple[Attention, ...]:
     """Every attention module of a model: encoder layers, then decoder layers, then cross-attention.
 
@@ -204,17 +118,15 @@ def attentions(root: nn.Module) -> tuple[Attention, ...]:
 
 
 _HOW = (
-    "describe it with headlab.families.register(Family(name, attention=(class name,), q=..., k=..., v=..., o=..., "
-    "d_head=...)), see help(headlab.families)"
+    "describe it with hl.register(hl.Family(name, attention=(class name,), q=..., k=..., v=..., o=..., d_head=...)), see "
+    "help(hl.Family)"
 )
 
 
 def _described(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, Family]]:
     """Attention modules below `module`, depth first; an undescribed one is an error."""
     inner = bare(module)
-    name = type(inner).__name__
-    family = vars(inner).get("headlab_family") or _registry.get(name)
-    if family is not None:
+    if (family := family_of(inner)) is not None:
         yield path, module, family
         return
     below = False
@@ -222,6 +134,7 @@ def _described(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, F
         for item in _described(submodule, f"{path}.{child_name}".lstrip(".")):
             below = True
             yield item
+    name = type(inner).__name__
     if "Attention" in name and not below and any(True for _ in inner.parameters()):
         raise HeadlabError(f"found no description of the attention module {path or 'itself'} ({name}); {_HOW}")
 
@@ -279,48 +192,3 @@ def weight_blocks(projection: Any, d_head: int, side: Literal["in", "out"]) -> t
     """The weight as [block, d_head, other side], a block per head on the given side (a view)."""
     weight = projection.weight if transposed(projection) == (side == "in") else projection.weight.T
     return weight.unflatten(0, (-1, d_head))
-
-
-LLAMA = register(
-    Family(
-        "llama",
-        attention=(
-            "LlamaAttention", "MistralAttention", "MixtralAttention", "Qwen2Attention", "Qwen3Attention",
-            "GemmaAttention", "Gemma2Attention", "Gemma3Attention", "GraniteAttention", "SmolLM3Attention",
-            "Starcoder2Attention",
-        ),
-        counts={"num_key_value_groups": "ratio"},
-        model_types=(
-            "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3",
-            "starcoder2",
-        ),
-    )
-)  # fmt: skip
-GPT2 = register(
-    Family(
-        "gpt2", ("GPT2Attention",), q="c_attn", k="c_attn", v="c_attn", o="c_proj", joined="blocks",
-        counts={"num_heads": "slots", "split_size": "width"}, model_types=("gpt2",),
-    )
-)  # fmt: skip
-NEOX = register(
-    Family(
-        "gpt_neox", ("GPTNeoXAttention",), q="query_key_value", k="query_key_value", v="query_key_value", o="dense",
-        joined="heads", d_head="head_size", model_types=("gpt_neox",),
-    )
-)  # fmt: skip
-BERT = register(
-    Family(
-        "bert", ("BertAttention", "RobertaAttention", "XLMRobertaAttention", "ElectraAttention"),
-        q="self.query", k="self.key", v="self.value", o="output.dense", core="self", d_head="attention_head_size",
-        counts={"num_attention_heads": "slots", "all_head_size": "width"}, cross=("crossattention",),
-        model_types=("bert", "roberta", "xlm-roberta", "electra"),
-    )
-)  # fmt: skip
-VIT = register(Family("vit", ("ViTAttention",), counts={"num_attention_heads": "slots"}, model_types=("vit",)))
-T5 = register(
-    Family(
-        "t5", ("T5Attention", "NarrowT5Attention"), q="q", k="k", v="v", o="o", d_head="key_value_proj_dim",
-        counts={"n_heads": "slots", "inner_dim": "width"}, cross=("EncDecAttention",), shared_bias=True,
-        model_types=("t5",),
-    )
-)  # fmt: skip

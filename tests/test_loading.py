@@ -11,9 +11,8 @@ import transformers as hf
 from torch import nn
 
 import headlab as hl
-from headlab import models
+from headlab.models import access
 from tests.helpers import zoo
-from tests.helpers.words import save_with_tokenizer
 
 
 def logits(model: nn.Module, name: str) -> torch.Tensor:
@@ -143,9 +142,9 @@ def test_a_bridge_computes_the_same_and_leaves_the_model_alone(tmp_path: Path, n
     model = zoo.build(name).train()
     before, classes, attention = copy.deepcopy(model), kinds(model), model.config._attn_implementation
     bridge = hl.bridge(model)
-    assert models.is_bridge(bridge)
-    assert not models.is_bridge(model)
-    assert not models.is_folded(bridge)
+    assert access.is_bridge(bridge)
+    assert not access.is_bridge(model)
+    assert not access.is_folded(bridge)
     assert model.training
     assert model.config._attn_implementation == attention
     assert kinds(model) == classes
@@ -155,7 +154,7 @@ def test_a_bridge_computes_the_same_and_leaves_the_model_alone(tmp_path: Path, n
     bridge.eval()
     assert torch.allclose(logits(bridge.original_model, name), logits(model, name), atol=2e-6)
     assert hl.heads(bridge) == hl.heads(model)
-    assert models.fingerprint(bridge) == models.fingerprint(model)
+    assert access.fingerprint(bridge) == access.fingerprint(model)
     with torch.no_grad():
         for parameter in bridge.parameters():
             parameter += 1
@@ -211,85 +210,11 @@ def test_an_adapter_that_computes_something_else(monkeypatch: pytest.MonkeyPatch
 
 def test_a_folded_bridge_is_not_the_model() -> None:
     bridge = hl.bridge(zoo.build("gpt2"))
-    assert models.describe(bridge)["weights"] == "raw"
+    assert access.describe(bridge)["weights"] == "raw"
     bridge.enable_compatibility_mode()
-    assert models.is_folded(bridge)
-    assert models.describe(bridge)["weights"] == "folded"
-    for function in (models.restored, hl.load, hl.bridge):
+    assert access.is_folded(bridge)
+    assert access.describe(bridge)["weights"] == "folded"
+    for function in (access.restored, hl.load, hl.bridge):
         with pytest.raises(hl.HeadlabError, match="compatibility mode") as caught:
             function(bridge)
         message(caught)
-
-
-@pytest.mark.parametrize("name", zoo.ALL)
-def test_fingerprints_tell_models_apart(name: str) -> None:
-    model = zoo.build(name)
-    fingerprint = models.fingerprint(model)
-    assert len(fingerprint) == 12
-    assert int(fingerprint, 16) >= 0
-    assert models.fingerprint(zoo.build(name)) == fingerprint
-    assert models.fingerprint(zoo.build(name).bfloat16()) == fingerprint
-    assert models.fingerprint(zoo.build(name, seed=1)) != fingerprint
-
-
-def test_a_description_says_what_was_used() -> None:
-    model = zoo.build("llama-gqa").bfloat16()
-    assert models.describe(model) == {
-        "class": "LlamaForCausalLM",
-        "name": None,
-        "fingerprint": models.fingerprint(model),
-        "dtype": "bfloat16",
-        "weights": "raw",
-        "versions": {"headlab": hl.__version__, "torch": torch.__version__, "transformers": hf.__version__},
-    }
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_evaluating_gives_everything_back(fails: bool) -> None:
-    model = zoo.build("t5").train()
-    model.encoder.eval()
-    model.shared.weight.requires_grad_(False)
-    modes = [module.training for module in model.modules()]
-    frozen = [parameter.requires_grad for parameter in model.parameters()]
-    assert len(set(modes)) == len(set(frozen)) == 2
-    try:
-        with models.evaluating(model):
-            assert not any(module.training for module in model.modules())
-            assert not any(parameter.requires_grad for parameter in model.parameters())
-            if fails:
-                raise KeyError
-    except KeyError:
-        pass
-    assert [module.training for module in model.modules()] == modes
-    assert [parameter.requires_grad for parameter in model.parameters()] == frozen
-
-
-@pytest.mark.parametrize("name", zoo.ALL)
-def test_any_model_takes_the_probe(name: str) -> None:
-    model = zoo.build(name)
-    with torch.no_grad():
-        assert torch.isfinite(model(**models.probe_batch(model))[0]).all()
-
-
-@pytest.mark.parametrize("projection", ["q_proj", "k_proj", "v_proj", "o_proj"])
-def test_any_changed_projection_changes_the_fingerprint(projection: str) -> None:
-    model = zoo.build("llama-gqa")
-    before = models.fingerprint(model)
-    with torch.no_grad():
-        getattr(model.model.layers[1].self_attn, projection).weight.mul_(1.5)
-    assert models.fingerprint(model) != before
-
-
-def test_evaluating_a_model_made_in_inference_mode() -> None:
-    with torch.inference_mode():
-        model = zoo.build("llama-gqa")
-    with models.evaluating(model), torch.inference_mode():
-        assert model(**models.probe_batch(model)).logits.isfinite().all()
-
-
-def test_the_tokenizer_beside_a_model_comes_before_that_of_a_bridge(tmp_path: Path) -> None:
-    """TransformerLens may have changed its own to put the first token in front."""
-    plain = hl.load(save_with_tokenizer(zoo.build("llama-gqa"), tmp_path))
-    words = [models.tokenizer(model) for model in (plain, hl.bridge(plain))]
-    text = words[0].decode([5, 7, 11])
-    assert words[0](text)["input_ids"] == words[1](text)["input_ids"]
