@@ -36,7 +36,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from headlab.batches import IGNORED, Batch
+from headlab.data.batches import IGNORED, Batch
 from headlab.results import building
 from synthetic_tasks.training import faster_products
 

@@ -23,9 +23,10 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import headlab as hl
-from headlab.batches import Batch, Loss, Metric
 from headlab.checkpoints import checkpoint_folders, profile
 from headlab.curves import TENTHS
+from headlab.data.batches import Batch
+from headlab.data.losses import Loss, Metric
 from headlab.errors import HeadlabError
 from headlab.results import Result, read_json, write
 from headlab.speed import shapes

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import headlab as hl
 from headlab import plots
-from headlab.batches import Loss, Metric
+from headlab.data.losses import Loss, Metric
 from headlab.speed import shapes
 
 from . import real

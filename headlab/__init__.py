@@ -11,13 +11,14 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import plots
-    from .batches import own_loss
     from .behaviour import patterns, roles
     from .checkpoints import profile
     from .circuit_tables import circuit_table
     from .circuits import composed_circuit, ov, qk
     from .composing import composition_scores, map_composition
     from .curves import Curve, pruning_curve
+    from .data.losses import own_loss
+    from .data.texts import read_batches, text_batches
     from .dcmha.maps import CompositionMaps, composition_maps
     from .domains import correlate, stack_curves
     from .errors import HeadlabError
@@ -34,17 +35,17 @@ if TYPE_CHECKING:
     from .speed import Timing, timing
     from .surgery import kept, prune, save_pruned
     from .taylor import importance
-    from .texts import read_batches, text_batches
     from .vocabulary import directions, score_parts, top_pairs
 
 _HOME = {  # no module may have the name of something public: importing it would hide the other
-    "batches": ("own_loss",),
     "behaviour": ("patterns", "roles"),
     "checkpoints": ("profile",),
     "circuit_tables": ("circuit_table",),
     "circuits": ("composed_circuit", "ov", "qk"),
     "composing": ("composition_scores", "map_composition"),
     "curves": ("Curve", "pruning_curve"),
+    "data.losses": ("own_loss",),
+    "data.texts": ("read_batches", "text_batches"),
     "dcmha.maps": ("CompositionMaps", "composition_maps"),
     "domains": ("correlate", "stack_curves"),
     "errors": ("HeadlabError",),
@@ -61,7 +62,6 @@ _HOME = {  # no module may have the name of something public: importing it would
     "speed": ("Timing", "timing"),
     "surgery": ("kept", "prune", "save_pruned"),
     "taylor": ("importance",),
-    "texts": ("read_batches", "text_batches"),
     "vocabulary": ("directions", "score_parts", "top_pairs"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

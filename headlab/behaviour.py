@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from torch import nn
 
-from .batches import Batches, describe_data, prepare
+from .data.batches import Batches, describe_data, prepare
 from .errors import HeadlabError
 from .models.access import describe
 from .repeated import Copying, repeated

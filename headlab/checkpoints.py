@@ -15,8 +15,9 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
-from .batches import Batches, Loss, Metric, describe_data, loss_name, prepare
 from .curves import TENTHS, Curve, pruning_curve
+from .data.batches import Batches, describe_data, prepare
+from .data.losses import Loss, Metric, loss_name
 from .errors import HeadlabError
 from .exact import AblationScores, ablation
 from .loading import load

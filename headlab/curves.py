@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .batches import Batch, Batches, Loss, Metric, check_losses, describe_data, loss_name, own_loss, prepare
+from .data.batches import Batch, Batches, describe_data, prepare
+from .data.losses import Loss, Metric, check_losses, loss_name, own_loss
 from .errors import HeadlabError
 from .gates import Fill, check_fill, masked
 from .models.access import describe, evaluating, fingerprint, head_rows, heads

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from torch import nn
 
-from .batches import Batches, Loss, Metric
 from .curves import TENTHS, Curve, pruning_curve
+from .data.batches import Batches
+from .data.losses import Loss, Metric
 from .errors import HeadlabError
 from .gates import Fill
 from .models.access import head_rows

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import Batch, Batches, Loss, check_losses, count_examples, describe_data, loss_name, own_loss, prepare
+from .data.batches import Batch, Batches, count_examples, describe_data, prepare
+from .data.losses import Loss, check_losses, loss_name, own_loss
 from .errors import HeadlabError
 from .gates import Fill, StandIn, check_fill, masked
 from .models.access import describe, evaluating, head_rows, inner, rows

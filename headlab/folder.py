@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from .batches import Batch
+    from .data.batches import Batch
     from .gates import Fill
     from .scores import HeadScores
 
@@ -55,8 +55,8 @@ def needed(text: Path | None) -> Path:
 
 
 def batches(model: nn.Module, text: Path, examples: int, length: int, batch_size: int, seed: int) -> list[Batch]:
-    from .batches import prepare
-    from .texts import read_batches
+    from .data.batches import prepare
+    from .data.texts import read_batches
 
     found = read_batches(model, text, examples=examples, length=length, batch_size=batch_size, seed=seed)
     return list(prepare(model, found))

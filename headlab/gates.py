@@ -20,7 +20,8 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .batches import Batches, describe_data, forward, prepare, real_tokens
+from .data.batches import Batches, describe_data, prepare, real_tokens
+from .data.losses import forward
 from .errors import HeadlabError
 from .looking import Look, at_patterns
 from .models.access import describe, evaluating, fingerprint, head_rows, rows

@@ -14,7 +14,7 @@ from .errors import HeadlabError
 from .options import BatchSize, Device, Dtype, Examples, Length, Model, Norm, Out, Precision, Text
 
 if TYPE_CHECKING:
-    from .batches import Batch
+    from .data.batches import Batch
 
 CIRCUITS: tuple[Literal["qk", "ov"], ...] = ("qk", "ov")
 inspection = typer.Typer()
@@ -120,7 +120,7 @@ def roles(
 
 def _told(data: list[Batch] | None) -> dict[str, Any] | None:
     """What a record says of the data; None without any."""
-    from .batches import describe_data
+    from .data.batches import describe_data
 
     return None if data is None else describe_data(data)
 

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import Batch, Batches, describe_data, forward, prepare, real_tokens
+from .data.batches import Batch, Batches, describe_data, prepare, real_tokens
+from .data.losses import forward
 from .errors import HeadlabError
 from .looking import Look, at_patterns
 from .models.access import describe, evaluating, inner, rows

@@ -13,7 +13,8 @@ from jaxtyping import Float, Float16
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .batches import Batch, count_examples, describe_data, forward, prepare, real_tokens
+from .data.batches import Batch, count_examples, describe_data, prepare, real_tokens
+from .data.losses import forward
 from .errors import HeadlabError
 from .looking import Look, at_patterns
 from .models.access import describe, inner, rows, tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, context_length
+from .data.batches import Batch, context_length
 from .errors import HeadlabError
 from .measures import Ratios
 from .models.access import inner, is_folded, rows, tokenizer

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import Batches, forward, prepare
+from .data.batches import Batches, prepare
+from .data.losses import forward
 from .errors import HeadlabError
 from .gates import masked
 from .models.access import describe, evaluating, inner, is_bridge, probe_batch, rows

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import Batch, forward, real_tokens
+from .data.batches import Batch, real_tokens
+from .data.losses import forward
 from .looking import Look, at_patterns
 from .measures import LayerSums, Text, aligned, marked, right_padded, visible
 from .models.access import evaluating, inner, rows, tokenizer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from headlab.batches import forward
+from headlab.data.losses import forward
 from headlab.errors import HeadlabError
 from headlab.models.access import describe, evaluating, head_rows, inner, is_bridge, rows
 from headlab.models.attention_modules import Attention

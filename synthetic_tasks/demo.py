@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from headlab import plots
-from headlab.batches import own_loss
 from headlab.curves import Curve, pruning_curve
+from headlab.data.losses import own_loss
 from headlab.dcmha.maps import composition_maps
 from headlab.errors import HeadlabError
 from headlab.exact import ablation

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headlab.batches import IGNORED, data_fingerprint
+from headlab.data.batches import IGNORED, data_fingerprint
 from headlab.errors import HeadlabError
 from headlab.models.access import inner
 from headlab.models.access import tokenizer as tokenizer_of

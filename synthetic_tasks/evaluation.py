@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from headlab.batches import forward
+from headlab.data.losses import forward
 from headlab.errors import HeadlabError
 from headlab.gates import Fill, Gates, masked
 from headlab.models.access import describe, evaluating, inner

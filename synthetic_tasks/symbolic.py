@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from headlab.batches import IGNORED
+from headlab.data.batches import IGNORED
 from headlab.errors import HeadlabError
 
 LEVELS = ("binding", "conflict")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import headlab as hl
 from headlab import measures
-from headlab.batches import forward, real_tokens
 from headlab.behaviour import ROLES, HeadTable, PatternStats, Roles, patterns, roles
+from headlab.data.batches import real_tokens
+from headlab.data.losses import forward
 from headlab.looking import Look, at_patterns
 from headlab.models.access import heads, rows
 from headlab.repeated import repeated, special_tokens

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import headlab as hl
 from headlab import likeness
-from headlab.batches import forward, real_tokens
+from headlab.data.batches import real_tokens
+from headlab.data.losses import forward
 from headlab.likeness import Similarity, divergences, similarity
 from headlab.looking import at_patterns
 from headlab.models.access import heads

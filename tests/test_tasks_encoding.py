@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 import headlab as hl
-from headlab.batches import IGNORED
+from headlab.data.batches import IGNORED
 from headlab.errors import HeadlabError
 from synthetic_tasks import Answer, Context
 from synthetic_tasks.encoding import answer_batches, encode, pad, pad_token

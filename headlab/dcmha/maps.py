@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..batches import Batch, Batches, describe_data, forward, prepare, real_tokens
+from ..data.batches import Batch, Batches, describe_data, prepare, real_tokens
+from ..data.losses import forward
 from ..errors import HeadlabError
 from ..models.access import describe, evaluating, rows, tokenizer
 from ..models.attention_modules import Attention, bare

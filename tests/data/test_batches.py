@@ -14,16 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import headlab as hl
-from headlab.batches import (
-    check_losses,
-    count_examples,
-    data_fingerprint,
-    describe_data,
-    loss_name,
-    own_loss,
-    prepare,
-    real_tokens,
-)
+from headlab.data.batches import count_examples, data_fingerprint, describe_data, prepare, real_tokens
+from headlab.data.losses import check_losses, loss_name, own_loss
 from tests.helpers import zoo
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "d", "e"]

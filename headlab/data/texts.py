@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .batches import IGNORED, loss_kind
-from .errors import HeadlabError
-from .models.access import tokenizer as tokenizer_of
+from ..errors import HeadlabError
+from ..models.access import tokenizer as tokenizer_of
+from .batches import IGNORED
+from .losses import loss_kind
 
 MASKED_SHARE = 0.15  # of the tokens, as BERT was trained
 

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 
 import headlab as hl
-from headlab.texts import MASKED_SHARE
+from headlab.data.texts import MASKED_SHARE
 from tests.helpers import zoo
 from tests.helpers.words import WORDS, save_with_tokenizer, tokenizer
 
