@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .domains import correlate, stack_curves
     from .errors import HeadlabError
     from .exact import AblationScores, ablation
-    from .gates import Fill, capture, fill, masked
+    from .hooks.capture import capture
+    from .hooks.fills import Fill, fill
+    from .hooks.masking import masked
     from .likeness import similarity
     from .loading import bridge, load
     from .models.access import heads
@@ -50,7 +52,12 @@ _HOME = {  # no module may have the name of something public: importing it would
     "domains": ("correlate", "stack_curves"),
     "errors": ("HeadlabError",),
     "exact": ("AblationScores", "ablation"),
-    "gates": ("Fill", "capture", "fill", "masked"),
+    "hooks.capture": ("capture",),
+    "hooks.fills": (
+        "Fill",
+        "fill",
+    ),
+    "hooks.masking": ("masked",),
     "likeness": ("similarity",),
     "loading": ("bridge", "load"),
     "models.access": ("heads",),

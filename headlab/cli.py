@@ -230,7 +230,8 @@ def prune(
     """Save a model without its least important heads. It opens with headlab.load, or transformers' from_pretrained."""
     import torch
 
-    from .gates import Fill, masked
+    from .hooks.fills import Fill
+    from .hooks.masking import masked
     from .models.access import inner, probe_batch, tokenizer
     from .surgery import kept, save_pruned
     from .surgery import prune as pruned

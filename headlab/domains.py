@@ -19,7 +19,7 @@ from .curves import TENTHS, Curve, pruning_curve
 from .data.batches import Batches
 from .data.losses import Loss, Metric
 from .errors import HeadlabError
-from .gates import Fill
+from .hooks.fills import Fill
 from .models.access import head_rows
 from .results import Result
 from .scores import Head, Heads, HeadScores, Rows, Unit

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .data.batches import Batch
-    from .gates import Fill
+    from .hooks.fills import Fill
     from .scores import HeadScores
 
 
@@ -84,7 +84,7 @@ def prompts(model: nn.Module, prompts: list[str]) -> Any:
 
 def fill(model: nn.Module, data: list[Batch], kind: FillKind, out: Path) -> Fill | None:
     """The means of the folder, measured now if they are not there yet."""
-    from .gates import Fill, fill
+    from .hooks.fills import Fill, fill
 
     if kind is FillKind.zero:
         return None

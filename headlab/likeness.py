@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .data.batches import Batch, Batches, describe_data, prepare, real_tokens
 from .data.losses import forward
 from .errors import HeadlabError
-from .looking import Look, at_patterns
+from .hooks.patterns import Look, at_patterns
 from .models.access import describe, evaluating, inner, rows
 from .models.attention_modules import Attention
 from .results import Result

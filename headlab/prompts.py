@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .data.batches import Batch, count_examples, describe_data, prepare, real_tokens
 from .data.losses import forward
 from .errors import HeadlabError
-from .looking import Look, at_patterns
+from .hooks.patterns import Look, at_patterns
 from .models.access import describe, inner, rows, tokenizer
 from .models.attention_modules import Attention
 from .results import FORMAT, Result, read_tensors, write

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .data.batches import Batch, context_length
 from .errors import HeadlabError
+from .hooks.sites import Pass, at_sites
 from .measures import Ratios
 from .models.access import inner, is_folded, rows, tokenizer
 from .models.attention_modules import Attention, bare
 from .models.norms import final_norm, gain, norm_after
 from .models.projections import projections
-from .sites import Pass, at_sites
 
 RANDOM_BATCH = 8  # sequences that go through the model at once
 

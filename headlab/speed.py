@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .data.batches import Batches, prepare
 from .data.losses import forward
 from .errors import HeadlabError
-from .gates import masked
+from .hooks.masking import masked
 from .models.access import describe, evaluating, inner, is_bridge, probe_batch, rows
 from .results import Result
 from .scores import HeadMask

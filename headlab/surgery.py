@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import pruned
 from .errors import HeadlabError
-from .gates import Fill, check_fill
+from .hooks.fills import Fill, check_fill
+from .hooks.sites import is_hooked
 from .models.access import fingerprint, head_rows, restored, rows
 from .models.attention_modules import Attention, Groups, grouped, weight_blocks
 from .pruned import Left
 from .results import building
 from .scores import HeadMask
-from .sites import is_hooked
 
 if TYPE_CHECKING:
     import pandas as pd

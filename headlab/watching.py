@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .data.batches import Batch, real_tokens
 from .data.losses import forward
-from .looking import Look, at_patterns
+from .hooks.patterns import Look, at_patterns
 from .measures import LayerSums, Text, aligned, marked, right_padded, visible
 from .models.access import evaluating, inner, rows, tokenizer
 from .models.attention_modules import Attention, bare

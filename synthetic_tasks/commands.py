@@ -77,7 +77,7 @@ def evaluate(
 ) -> None:
     """How many answers a language model gets right, by what the tasks are made of. Goes on where it stopped."""
     from headlab import plots
-    from headlab.gates import masked
+    from headlab.hooks.masking import masked
     from headlab.scores import HeadMask
 
     from . import evaluation as scoring
@@ -260,7 +260,7 @@ def _attend(model: Any, contexts: list[Context], part: Part, mask: Any, site: st
     from contextlib import nullcontext
 
     from headlab import plots
-    from headlab.gates import masked
+    from headlab.hooks.masking import masked
 
     from .attending import attention_on
 

@@ -17,7 +17,7 @@ from headlab.data.losses import own_loss
 from headlab.dcmha.maps import composition_maps
 from headlab.errors import HeadlabError
 from headlab.exact import ablation
-from headlab.gates import masked
+from headlab.hooks.masking import masked
 from headlab.loading import load
 from headlab.results import building, write
 from headlab.scores import HeadMask, HeadScores

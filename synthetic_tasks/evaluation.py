@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 
 from headlab.data.losses import forward
 from headlab.errors import HeadlabError
-from headlab.gates import Fill, Gates, masked
+from headlab.hooks.fills import Fill
+from headlab.hooks.masking import Gates, masked
+from headlab.hooks.sites import first_broken
 from headlab.models.access import describe, evaluating, inner
 from headlab.results import Result, RowLog
 from headlab.scores import HeadMask
-from headlab.sites import first_broken
 
 from .contexts import Context
 from .encoding import Encoded, EncodedAnswer, check_size, describe_contexts, inputs, plan, prepare

@@ -16,10 +16,10 @@ from headlab import measures
 from headlab.behaviour import ROLES, HeadTable, PatternStats, Roles, patterns, roles
 from headlab.data.batches import real_tokens
 from headlab.data.losses import forward
-from headlab.looking import Look, at_patterns
+from headlab.hooks.patterns import Look, at_patterns
+from headlab.hooks.sites import at_sites
 from headlab.models.access import heads, rows
 from headlab.repeated import repeated, special_tokens
-from headlab.sites import at_sites
 from tests.helpers import zoo
 
 Values = dict[str, list[tuple[float, int]]]  # per example: the sum over counted queries, and how many these are

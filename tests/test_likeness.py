@@ -15,8 +15,8 @@ import headlab as hl
 from headlab import likeness
 from headlab.data.batches import real_tokens
 from headlab.data.losses import forward
+from headlab.hooks.patterns import at_patterns
 from headlab.likeness import Similarity, divergences, similarity
-from headlab.looking import at_patterns
 from headlab.models.access import heads
 from headlab.models.attention_modules import Attention
 from tests.helpers import zoo

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import headlab as hl
-from headlab.looking import Look, at_patterns
+from headlab.hooks.patterns import Look, at_patterns
 from headlab.models.access import rows
 from headlab.prompts import Pattern, attention_patterns
 from tests.helpers import zoo

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
-from .errors import HeadlabError
-from .models.access import inner, rows
-from .models.attention_modules import Attention
+from ..errors import HeadlabError
+from ..models.access import inner, rows
+from ..models.attention_modules import Attention
 from .sites import Pass, at_sites
 
 EAGER = "eager"  # the one attention implementation that has its pattern as a whole

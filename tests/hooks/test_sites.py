@@ -10,8 +10,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 import headlab as hl
+from headlab.hooks.sites import Pass, at_sites, is_hooked, replaying
 from headlab.models.access import rows
-from headlab.sites import Pass, at_sites, is_hooked, replaying
 from tests.helpers import zoo
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import headlab as hl
 from headlab.models.access import fingerprint, head_rows
 from tests.helpers import zoo
-from tests.test_gates import GENERATING, GREEDY, logits, random_gates
+from tests.hooks.test_masking import GENERATING, GREEDY, logits, random_gates
 
 Edit = Callable[[Tensor], Tensor | None]
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .errors import HeadlabError
-from .models.access import inner, rows
-from .models.attention_modules import Attention, bare, child
+from ..errors import HeadlabError
+from ..models.access import inner, rows
+from ..models.attention_modules import Attention, bare, child
 
 
 @dataclass(frozen=True)

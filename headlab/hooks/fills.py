@@ -1,85 +1,26 @@
-"""Multiplying heads by gates: masks, what stands in for a removed head, and recording what heads carry.
-
-A gate of 1 leaves a head as it is; a gate of 0 removes it. Without a fill the removed head's output is zero at its site:
-its value bias goes with it, the output projection's own bias stays (Michel et al. 2019, section 2.3, xi).
-"""
+"""What stands in for a removed head: its mean output, or another example's."""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .data.batches import Batches, describe_data, prepare, real_tokens
-from .data.losses import forward
-from .errors import HeadlabError
-from .looking import Look, at_patterns
-from .models.access import describe, evaluating, fingerprint, head_rows, rows
-from .models.attention_modules import Attention, weight_blocks
-from .results import FORMAT, Result, read_tensors, write
-from .scores import Head, HeadMask
+from ..data.batches import Batches, describe_data, prepare, real_tokens
+from ..data.losses import forward
+from ..errors import HeadlabError
+from ..models.access import describe, evaluating, fingerprint, rows
+from ..models.attention_modules import Attention
+from ..results import FORMAT, Result, read_tensors, write
 from .sites import Pass, at_sites
-
-Gates = HeadMask | Sequence[Any] | Tensor
-"""A mask; or one row of gates per layer, `[head]` or `[batch, head]`; or all in one tensor, `[..., all heads]`."""
-
-
-@contextmanager
-def masked(model: nn.Module, mask: Gates, fill: Fill | None = None, site: str = "output") -> Iterator[None]:
-    """Run the model with heads removed (or multiplied by gates in between) inside the block.
-
-    Args:
-        model: a plain model or a bridge; it is restored in any case. Works under `generate` with a key-value cache.
-        mask: a `HeadMask`, or gates; a row of shape [batch, head] gates every example differently. Masks nest.
-        fill: what stands in for a removed head; by default zero.
-        site: where a head is removed. `output`, its output: in plain attention that is the head, and the only site. Where
-            heads are composed (DCMHA) also `scores`: its scores, before they are mixed; `probabilities`: its attention
-            probabilities, before they are mixed; `head`: all three; or `pre_query`, `post_key_gate` ... (`dcmha.PLACES`):
-            what one branch at one stage adds to the composed head.
-
-    Raises:
-        HeadlabError: the mask or fill is of the wrong shape or was made for another model; or, while running, a site
-            did not fire.
-
-    >>> with masked(model, HeadMask.without(heads(model), ["L3H5"])):  # doctest: +SKIP
-    ...     logits = model(**batch).logits
-    """
-    check_fill(model, fill, site)
-    found = rows(model, site)
-    gates = _gates(model, mask, site)
-    wanted = [row for row in found if not bool((gates[row.row] == 1).all())]
-    stand_in = None if fill is None else StandIn(fill)
-    by_slot_of: dict[int, Tensor] = {}  # made at the first pass, on the device of z
-
-    def gate(row: Attention, z: Tensor, run: Pass) -> Tensor:
-        by_head = gates[row.row]
-        if by_head.ndim == 2 and len(by_head) != len(z):
-            raise HeadlabError(f"there are gates for {len(by_head)} examples, but the batch has {len(z)}")
-        if row.row not in by_slot_of or by_head.requires_grad or by_slot_of[row.row].dtype != z.dtype:
-            by_slot_of[row.row] = _by_slot(row, by_head, z)
-        by_slot = by_slot_of[row.row]
-        return z * by_slot if stand_in is None else z * by_slot + (1 - by_slot) * stand_in(row, z, run)
-
-    with at_sites(model, gate, wanted):
-        yield
-
-
-@torch.inference_mode(mode=False)  # a later pass may be for gradients
-def _by_slot(row: Attention, gates: Tensor, z: Tensor) -> Tensor:
-    """Gates of heads, [head] or [batch, head], as gates of slots that multiply z, [batch or 1, 1, slot, 1]."""
-    by_slot = torch.ones(*gates.shape[:-1], len(row.slots), dtype=z.dtype)
-    by_slot[..., row.places] = gates.to("cpu", z.dtype)
-    return by_slot.view(-1, 1, len(row.slots), 1).to(z.device)
 
 
 def check_fill(model: nn.Module, fill: Fill | None, site: str) -> None:
@@ -89,24 +30,6 @@ def check_fill(model: nn.Module, fill: Fill | None, site: str) -> None:
     if site != "output":
         raise HeadlabError(f"a fill stands in for a head's output, so there is none for the site {site!r}: leave it out")
     fill.check(model)
-
-
-def _gates(model: nn.Module, mask: Gates, site: str) -> list[Tensor]:
-    """One tensor of gates per row, `[head]` or `[batch, head]`."""
-    heads = head_rows(model, site)
-    lengths = [len(row) for row in heads]
-    if isinstance(mask, HeadMask):
-        mask.check(heads, fingerprint(model) if "model" in mask.record else None)
-        return [torch.from_numpy(row) for row in mask.rows]
-    if isinstance(mask, Tensor):
-        if mask.ndim == 0 or mask.shape[-1] != sum(lengths):
-            raise HeadlabError(f"the gates have the shape {tuple(mask.shape)}, but the model has {sum(lengths)} heads")
-        mask = list(mask.split(lengths, dim=-1))
-    gates = [row if isinstance(row, Tensor) else torch.from_numpy(np.asarray(row, dtype=np.float64)) for row in mask]
-    if [row.shape[-1] if row.ndim in (1, 2) else None for row in gates] != lengths:
-        shapes = [tuple(row.shape) for row in gates]
-        raise HeadlabError(f"the gates have the shapes {shapes}, but the model has rows of {lengths} heads")
-    return gates
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,63 +213,3 @@ def _run(model: nn.Module, data: list[dict[str, Tensor]], edit: Callable[[Attent
     with evaluating(model), torch.inference_mode(), at_sites(model, see):
         for batch in data:
             forward(model, batch)
-
-
-@contextmanager
-def capture(
-    model: nn.Module,
-    heads: Sequence[Head] | None = None,
-    what: Literal["z", "result", "scores", "pattern"] = "z",
-    reduce: Callable[[Tensor], Tensor] | None = None,
-) -> Iterator[Mapping[Head, list[Tensor]]]:
-    """Record what heads carry or where they look, one tensor per head and forward pass.
-
-    Args:
-        model: a plain model or a bridge.
-        heads: which heads; by default all.
-        what: `z`, the head's output at its site, [batch, pos, d_head]; `result`, what it adds to the residual stream,
-            [batch, pos, d_model] (the output projection's bias belongs to no head); `pattern`, its attention pattern, or
-            `scores`, what the softmax is taken of, [batch, query, key] (see `looking.Look`: dropout is then off inside).
-        reduce: applied at once to every tensor, so that the whole need not be kept.
-
-    Raises:
-        HeadlabError: there is no such head, or no such thing to record; or, while running, it was not to be had.
-
-    >>> with capture(model, hl.heads(model)[:1], "z", reduce=lambda z: z.norm(dim=-1)) as acts:  # doctest: +SKIP
-    ...     model(**batch)
-    """
-    if what not in ("z", "result", "scores", "pattern"):
-        raise HeadlabError(f"what is 'scores', 'pattern', 'z' or 'result', not {what!r}")
-    site = "probabilities" if what == "scores" else "output"  # composed heads may have the one and not the other
-    found = [row for row in rows(model) if row.slots]
-    known = {row.row: (row if row.compose is None else row.at(site)).heads for row in found}
-    every = [head for row in found for head in known[row.row]]
-    acts: dict[Head, list[Tensor]] = {head: [] for head in (every if heads is None else heads)}
-    if unknown := [str(head) for head in acts if head not in every]:
-        raise HeadlabError(f"the model has no heads {', '.join(unknown)}; hl.heads(model) lists them")
-
-    def keep(row: Attention, of: Callable[[int], Tensor]) -> None:
-        for i, head in enumerate(known[row.row]):
-            if head in acts:
-                whole = of(i).detach()
-                value = whole if reduce is None else reduce(whole)
-                shared = value.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-                acts[head].append(value.clone() if shared else value)  # a view would keep what all heads have
-
-    def carried(row: Attention, z: Float[Tensor, "batch pos slot d_head"], _: Pass) -> None:
-        if what == "z":
-            return keep(row, lambda i: z[:, :, row.places[i]])
-        blocks = weight_blocks(row.projection(row.family.o), row.d_head, "in")  # [slot, d_head, d_model]
-        return keep(row, lambda i: z[:, :, row.places[i]] @ blocks[row.places[i]])
-
-    def seen(row: Attention, look: Look) -> None:
-        values = look.pattern if look.scores is None else look.scores
-        keep(row, lambda i: values[:, i])
-
-    wanted = [row for row in found if any(head in acts for head in known[row.row])]
-    if what in ("z", "result"):
-        recording = at_sites(model, carried, wanted)
-    else:
-        recording = at_patterns(model, seen, wanted, scores=what == "scores")
-    with recording:
-        yield acts

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import headlab as hl
 from headlab.dcmha.maps import composition_maps
-from headlab.looking import Look, at_patterns
+from headlab.hooks.patterns import Look, at_patterns
 from headlab.models.access import inner, rows
 from headlab.models.attention_modules import Attention
 from tests.helpers import zoo

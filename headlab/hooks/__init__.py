@@ -1,0 +1,1 @@
+"""Where heads are read and edited while a model runs."""
