@@ -27,7 +27,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from headlab.dcmha import Compose, attention
+from headlab.dcmha import Compose, backends
 from headlab.results import RowLog
 
 from . import real
@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     shared.add_argument("--data", type=Path, default=real.cache_root() / "debian-docs", help="made by benchmarks.corpus")
     shared.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     shared.add_argument("--dtype", choices=["bfloat16", "float32"], help="bfloat16 (training: autocast) where there is CUDA")
-    shared.add_argument("--backend", choices=list(attention.BACKENDS), default="eager", help="in training")
+    shared.add_argument("--backend", choices=list(backends.BACKENDS), default="eager", help="in training")
     shared.add_argument("--compile", action="store_true", help="the attention of a block of queries, by torch.compile")
     shared.add_argument("--minutes", type=float, default=math.inf, help="start no run that would probably end later")
     shared.add_argument("--steps", type=int, help="of training, if not as many as the size says")
@@ -188,14 +188,14 @@ def machine(device: str) -> dict[str, Any]:
 @contextmanager
 def compiled(on: bool) -> Iterator[None]:
     """Within the block, both backends compute a block of queries by compiled code."""
-    before = attention._block
+    before = backends._block
     if on:
         torch.compiler.reset()  # it stops compiling a function that it has compiled for too many other models
-        attention._block = torch.compile(before)
+        backends._block = torch.compile(before)
     try:
         yield
     finally:
-        attention._block = before
+        backends._block = before
 
 
 # --- speed
@@ -256,8 +256,8 @@ def memory(job: Job, device: str, repeats: int = 3) -> dict[str, Any]:
         for leaf in (q, k, v, x, *compose.parameters()):
             leaf.grad = None
         sides = compose(x)
-        problem = attention.Problem(q, k, v, compose, sides, sides, {}, attention.Visible(), d_head**-0.5)
-        attention.attend(problem, job["backend"])[0].sum().backward()
+        problem = backends.Problem(q, k, v, compose, sides, sides, {}, backends.Visible(), d_head**-0.5)
+        backends.attend(problem, job["backend"])[0].sum().backward()
 
     try:
         run()  # libraries take their workspaces

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from . import pruned
-from .dcmha.attach import ComposedModel
+from .dcmha.attachment import ComposedModel
 from .errors import HeadlabError
 from .models.access import evaluating, probe_batch, restored, tokenizer
 from .models.variants import PRUNED, base_of, unwrapped

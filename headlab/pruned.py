@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.pytorch_utils import Conv1D
 
-from .dcmha.attach import COMPOSED
+from .dcmha.attachment import COMPOSED
 from .errors import HeadlabError
 from .models.attention_modules import Attention, Groups, attentions, transposed, weight_blocks
 from .models.families import Family, families

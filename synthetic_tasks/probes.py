@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from headlab.dcmha import BRANCHES, Compose
-from headlab.dcmha.attention import Problem, Visible, attend
+from headlab.dcmha.backends import Problem, Visible, attend
 from headlab.dcmha.compose import Projection, Weight
 from headlab.errors import HeadlabError
 from headlab.models.families import Family, register

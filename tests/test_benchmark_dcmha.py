@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from benchmarks import corpus, dcmha, dcmha_report, dcmha_train
 from benchmarks.corpus import Corpus
-from headlab.dcmha import attention
+from headlab.dcmha import backends
 
 TINY = dcmha_train.Size(d_model=24, n_layers=1, n_heads=4, seq=19, batch=7, steps=30, lr=2e-2)
 SMALL = {
@@ -55,7 +55,7 @@ def study(*arguments: object, **changes: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (SMALL | changes).items():
             patch.setattr(dcmha, name, value)
-        patch.setattr(attention, "BLOCK", 32)
+        patch.setattr(backends, "BLOCK", 32)
         patch.setattr(dcmha_train, "EVALUATED", 400)
         dcmha.main([str(argument) for argument in (*arguments, "--device", "cpu")])
 
@@ -353,10 +353,10 @@ def test_every_variant_has_a_meaning() -> None:
 
 
 def test_compiled_blocks_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = attention._block
+    before = backends._block
     monkeypatch.setattr(torch, "compile", lambda function: lambda *args: function(*args))
     with dcmha.compiled(True):
-        assert attention._block is not before
-    assert attention._block is before
+        assert backends._block is not before
+    assert backends._block is before
     with dcmha.compiled(False):
-        assert attention._block is before
+        assert backends._block is before

@@ -142,7 +142,7 @@ def test_who_may_import_what(path: Path) -> None:
         assert "plotly" not in packages
         drawing = {name for name in own(path) if name.split(".")[0] == "plots"}
         assert drawing <= ({"plots"} if name_of(path) in DRAWING else set())
-    if name_of(path) not in ("loading", "dcmha.bridge", "dcmha.hooked"):
+    if name_of(path) not in ("loading", "dcmha.bridge", "dcmha.bridge_components"):
         assert not any(name.startswith("transformer_lens.model_bridge") for name, _ in imports(path))
 
 
@@ -159,7 +159,7 @@ def test_only_the_command_line_of_headlab_knows_synthetic_tasks() -> None:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_what_is_imported_late(path: Path) -> None:
     early = {name.split(".")[0] for name, now in imports(path) if now}
-    if name_of(path) not in ("dcmha.bridge", "dcmha.hooked"):  # imported by TransformerLens, or when used
+    if name_of(path) not in ("dcmha.bridge", "dcmha.bridge_components"):  # imported by TransformerLens, or when used
         assert not early & {"transformer_lens", "pandas", "scipy", "sklearn"}
     late = {module for name, now in imports(path) if not now and (module := within(name))}
     if path.stem == "loading":

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headlab.dcmha import BRANCHES, Compose, scaled
-from headlab.dcmha.places import PLACES, SITES, STAGES
+from headlab.dcmha.branches import PLACES, SITES, STAGES
 from synthetic_tasks import single
 from synthetic_tasks.probes import KINDS, ProbeAttention, ProbeConfig
 

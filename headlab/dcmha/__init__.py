@@ -3,11 +3,11 @@
 Importing this package tells transformers' Auto classes of all of them.
 """
 
-from .attach import attach, detach
+from .attachment import attach, detach
+from .branches import BRANCHES, PLACES, SITES, STAGES
 from .compose import Compose, scaled
 from .configuration import DCFormerConfig, DCPythiaConfig
 from .modeling import DCFormerForCausalLM, DCFormerModel, DCPythiaForCausalLM, DCPythiaModel
-from .places import BRANCHES, PLACES, SITES, STAGES
 
 __all__ = [
     "BRANCHES", "PLACES", "SITES", "STAGES", "Compose", "DCFormerConfig", "DCFormerForCausalLM", "DCFormerModel",

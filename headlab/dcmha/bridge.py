@@ -47,8 +47,8 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from ..errors import HeadlabError
 from ..models.attention_modules import attentions, child
-from .attach import IMPLEMENTATION
-from .hooked import (
+from .attachment import IMPLEMENTATION
+from .bridge_components import (
     ComposedAttentionBridge,
     ComposedJointAttentionBridge,
     ComposedJointRotaryAttentionBridge,

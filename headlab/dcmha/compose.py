@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import HeadlabError
-from .places import DYNAMIC, PLACES, SCORE_TAPS, SITES, STAGES, check_rank, heads_per_group, places_of
+from .branches import DYNAMIC, PLACES, SCORE_TAPS, SITES, STAGES, check_rank, heads_per_group, places_of
 
 EPS = 1e-6  # of the norm of w1 over heads
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from ..errors import HeadlabError
-from .attention import check_backend
-from .places import DYNAMIC, STAGES, check_rank, heads_per_group, places_of
+from .backends import check_backend
+from .branches import DYNAMIC, STAGES, check_rank, heads_per_group, places_of
 
 WINDOWS = {"LG": "LG", "LGLL": "LGLL", "LGL6": "LGLLLLLL"}  # local and global layers, over and over
 LOCAL = 256  # keys that a local layer sees where a cycle is named and no window

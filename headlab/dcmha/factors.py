@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .branches import BRANCHES
 from .compose import Side
-from .places import BRANCHES
 
 PARTS = ("identity", *BRANCHES)
 SIDES = ("query", "key")

@@ -26,9 +26,9 @@ from ..errors import HeadlabError
 from ..models.access import describe, evaluating, rows, tokenizer
 from ..models.attention_modules import Attention, bare
 from ..results import FORMAT, Result, read_tensors, write
+from .branches import STAGES
 from .compose import Compose, Side, Sides
 from .factors import FACTORS, PARTS, SIDES, LayerMaps, Moments, StageMaps, mean_product, moments
-from .places import STAGES
 
 if TYPE_CHECKING:
     import pandas as pd

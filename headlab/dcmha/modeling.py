@@ -3,7 +3,7 @@
 DCFormer is a Llama with composed heads (RMSNorm, SwiGLU, rotary positions, optional norms of queries and keys, layers
 with a local window in between); DCPythia a GPT-NeoX with composed heads. With `compose=None` each is the plain
 multi-head transformer it is compared with. Both open with `AutoModelForCausalLM` once this module is imported, published
-checkpoints included (`checkpoint.py`).
+checkpoints included (`conversion.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..errors import HeadlabError
 from ..models.families import Family, register
 from ..models.positions import rotate
-from . import checkpoint
-from .attention import Problem, Visible, attend
+from . import conversion
+from .backends import Problem, Visible, attend
 from .cache import check_layers, remember
 from .compose import Compose, Projection, Weight
 from .configuration import DCConfig, DCFormerConfig, DCPythiaConfig
@@ -156,7 +156,7 @@ class DCPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; published checkpoints open too, and a missing or unexpected tensor is an error."""
-        return checkpoint.open_model(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        return conversion.open_model(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
 
 class DCModel(DCPreTrainedModel):

@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from headlab import HeadlabError
-from headlab.dcmha.attach import COMPOSING
+from headlab.dcmha.attachment import COMPOSING
 from headlab.models import variants
 from headlab.models.variants import Variant, base_of, become, unwrapped
 from headlab.pruned import PRUNING

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import HeadlabError
+from .branches import STAGES
 from .compose import Compose, Constants, Sides
-from .places import STAGES
 
 BLOCK = 128  # queries at a time, in the chunked backend
 

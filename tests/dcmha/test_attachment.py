@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCa
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 import headlab as hl
-from headlab.dcmha import BRANCHES, PLACES, Compose, DCFormerConfig, DCFormerForCausalLM, attach, attention, detach, scaled
+from headlab.dcmha import BRANCHES, PLACES, Compose, DCFormerConfig, DCFormerForCausalLM, attach, backends, detach, scaled
 from headlab.models.attention_modules import attentions
 from headlab.models.families import families
 from tests.helpers import zoo
@@ -329,7 +329,7 @@ def test_like_loops(name: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "bert-mlm", "vit"])
 def test_backends_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 3)
+    monkeypatch.setattr(backends, "BLOCK", 3)
     model, batch = perturbed(attach(build(name), backend="chunked")).double(), batch_for(name, labels=True)
     found = model(**batch)
     found.loss.backward()

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from headlab.dcmha import BRANCHES, DCFormerConfig, DCFormerForCausalLM, DCPythiaConfig, DCPythiaForCausalLM, scaled
+from headlab.dcmha.branches import DYNAMIC, STAGES
 from headlab.dcmha.compose import Compose
-from headlab.dcmha.places import DYNAMIC, STAGES
 from headlab.errors import HeadlabError
 from tests.helpers import dcmha_loop
 

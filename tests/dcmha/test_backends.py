@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from headlab.dcmha import attention
-from headlab.dcmha.attention import Problem, Visible, attend
+from headlab.dcmha import backends
+from headlab.dcmha.backends import Problem, Visible, attend
+from headlab.dcmha.branches import BRANCHES, SITES
 from headlab.dcmha.compose import Compose, Side, scaled
-from headlab.dcmha.places import BRANCHES, SITES
 from headlab.errors import HeadlabError
 
 BATCH, HEADS, D_HEAD, D_VALUE, WIDTH = 2, 6, 5, 3, 7
@@ -232,7 +232,7 @@ def test_chunked_equals_eager_where_heads_are_pruned():
 
 @BACKENDS
 def test_gradients_by_differences(backend, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(backends, "BLOCK", 2)
     task, leaves = problem(3, 4, torch.float64, options={"rank": 1, "hidden": 2})
     real = torch.tensor([[False, True, True, True], [True] * 4])
     gate = torch.rand(BATCH, HEADS, 3, 1, dtype=torch.float64, requires_grad=True)
@@ -296,9 +296,9 @@ def test_chunked_keeps_nothing_of_the_size_of_a_pattern_for_the_backward_pass():
             attend(task, backend)
         return list(sizes.values())
 
-    n = 4 * attention.BLOCK
+    n = 4 * backends.BLOCK
     assert max(kept(n, "eager")) >= BATCH * HEADS * n * n
-    assert max(kept(n, "chunked")) < BATCH * HEADS * n * attention.BLOCK
+    assert max(kept(n, "chunked")) < BATCH * HEADS * n * backends.BLOCK
     assert sum(kept(2 * n, "chunked")) <= 2.2 * sum(kept(n, "chunked"))
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from headlab.dcmha.branches import BRANCHES, DYNAMIC, PLACES, SCORE_TAPS, SITES, STAGES, places_of
 from headlab.dcmha.compose import Compose, Side, Sides, scaled
-from headlab.dcmha.places import BRANCHES, DYNAMIC, PLACES, SCORE_TAPS, SITES, STAGES, places_of
 from headlab.errors import HeadlabError
 from tests.helpers import dcmha_loop
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import headlab as hl
 from headlab.dcmha import PLACES, SITES, Compose, attach
+from headlab.models import access
 from tests.helpers import zoo
 
 MODELS = ["dcformer-mha", "dcformer-gqa", "dcformer-mqa", "dcpythia", "dcformer-plain"]
@@ -132,7 +133,7 @@ def test_a_head_is_one_gate_at_three_places(reduction: str) -> None:
 @pytest.mark.parametrize("backend", ["eager", "chunked"])
 @pytest.mark.parametrize("site", ["scores", "probabilities", "head", "post_key"])
 def test_backends_agree_at_every_site(backend: str, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headlab.dcmha.attention.BLOCK", 3)
+    monkeypatch.setattr("headlab.dcmha.backends.BLOCK", 3)
     model, batch = double("dcformer-mha"), zoo.batch_for("dcformer-mha")
     expected = hl.importance(model, [batch], site=site).flat
     model.config.backend = backend
@@ -178,7 +179,7 @@ MASKS = {"some": 0.4, "few": 0.8, "none": 1.0}
 def test_the_pruned_model_computes_what_the_masked_one_does(name: str, site: str, share: str, tmp_path: Path) -> None:
     model, batch = double(name), zoo.batch_for(name)
     mask = random_mask(hl.heads(model, site), MASKS[share])
-    before = hl.models.fingerprint(model)
+    before = access.fingerprint(model)
     small = hl.prune(model, mask, site=site)
     real = batch["attention_mask"].bool()
     with torch.no_grad():
@@ -186,7 +187,7 @@ def test_the_pruned_model_computes_what_the_masked_one_does(name: str, site: str
             expected = model(**batch).logits[real]
         found = small(**batch).logits[real]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-    assert hl.models.fingerprint(model) == before
+    assert access.fingerprint(model) == before
     hl.save_pruned(small, tmp_path / "small")
     opened = hl.load(tmp_path / "small")
     with torch.no_grad():
@@ -266,7 +267,7 @@ def test_pruning_twice() -> None:
             torch.testing.assert_close(small(**batch).logits[real], expected, rtol=0, atol=1e-10)
         model = small
     scores = hl.importance(model, [batch], site="head")
-    assert [len(row) for row in scores.rows] == [len(row) for row in hl.models.head_rows(model, "head")]
+    assert [len(row) for row in scores.rows] == [len(row) for row in access.head_rows(model, "head")]
 
 
 def test_a_mean_stands_in_for_an_output() -> None:

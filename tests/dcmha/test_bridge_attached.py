@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import headlab as hl
 from headlab.dcmha import BRANCHES, STAGES, attach
 from headlab.dcmha import bridge as module
-from headlab.dcmha.places import SCORE_TAPS
+from headlab.dcmha.branches import SCORE_TAPS
 from headlab.models import access
 from tests.helpers import zoo
 

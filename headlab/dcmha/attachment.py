@@ -27,10 +27,10 @@ from ..errors import HeadlabError
 from ..models.attention_modules import Attention, attentions, width_in
 from ..models.families import families
 from ..models.variants import PRUNED, Variant, base_of
-from .attention import Problem, Visible, attend, check_backend
+from .backends import Problem, Visible, attend, check_backend
+from .branches import BRANCHES, STAGES
 from .cache import remember
 from .compose import Compose, Sides
-from .places import BRANCHES, STAGES
 
 IMPLEMENTATION = "headlab_composed"
 COMPOSED = "composed_"  # how the model type of a model with attached maps begins: composed_llama

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from ..models.attention_modules import child, weight_blocks
 from ..models.families import Family, families
-from .places import SCORE_TAPS
+from .branches import SCORE_TAPS
 
 
 def hook_name(tap: str) -> str:

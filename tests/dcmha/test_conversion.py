@@ -24,7 +24,7 @@ from headlab.dcmha import (
     DCPythiaForCausalLM,
     DCPythiaModel,
 )
-from headlab.dcmha.places import DYNAMIC, STAGES
+from headlab.dcmha.branches import DYNAMIC, STAGES
 from headlab.errors import HeadlabError
 from tests.helpers import dcmha_loop
 

@@ -17,14 +17,7 @@ from transformer_lens.factories.architecture_adapter_factory import Architecture
 from transformer_lens.model_bridge import TransformerBridge
 
 import headlab as hl
-from headlab.dcmha import (
-    BRANCHES,
-    DCFormerConfig,
-    DCFormerForCausalLM,
-    DCPythiaConfig,
-    DCPythiaForCausalLM,
-    attention,
-)
+from headlab.dcmha import BRANCHES, DCFormerConfig, DCFormerForCausalLM, DCPythiaConfig, DCPythiaForCausalLM, backends
 from headlab.dcmha import bridge as module
 from headlab.dcmha.compose import Side
 from headlab.models import access
@@ -339,13 +332,13 @@ def test_slices_of_positions() -> None:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
-    for name, backend in list(attention.BACKENDS.items()):
+    for name, backend in list(backends.BACKENDS.items()):
 
         def counted(problem: Any, name: str = name, backend: Any = backend) -> Any:
             made.append(name)
             return backend(problem)
 
-        monkeypatch.setitem(attention.BACKENDS, name, counted)
+        monkeypatch.setitem(backends.BACKENDS, name, counted)
     return made
 
 
@@ -373,7 +366,7 @@ def test_only_listening_makes_attention_eager(calls: list[str]) -> None:
 @pytest.mark.parametrize("name", ["hook_pre_base", "hook_post_key_w2", "hook_attn_scores"])
 @pytest.mark.parametrize("how", ["chunked", "checkpointed"])
 def test_edits_and_gradients_where_layers_are_computed_again(monkeypatch: pytest.MonkeyPatch, name: str, how: str) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 3)
+    monkeypatch.setattr(backends, "BLOCK", 3)
     gradients = []
     for again in (False, True):
         model = build("mha").double()
