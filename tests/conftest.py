@@ -4,10 +4,18 @@ import os
 import sys
 from collections.abc import Callable
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
+os.environ["TQDM_DISABLE"] = "1"  # stderr is for errors, which tests read
+# a worker of pytest-xdist has one core to itself: with a thread per core, workers would wait for each other's
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 import pytest
 import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # also where something imported torch before the lines above
+settings.register_profile("headlab", deadline=None)  # how long an example takes says nothing on a busy machine
+settings.load_profile("headlab")
 
 Run = Callable[..., tuple[int, str, str]]
 Failing = Callable[..., str]

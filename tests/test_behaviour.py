@@ -164,7 +164,7 @@ def eta_squared(pattern: np.ndarray, seen: np.ndarray) -> float:
     return float(between / ((x - x.mean()) ** 2).sum())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 3), st.integers(3, 7), st.integers(0, 99))
 def test_positional_is_the_variance_between_distances(n_batch: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

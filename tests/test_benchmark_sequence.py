@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertConfig
 
@@ -50,7 +50,6 @@ def test_a_sentence_and_its_translation() -> None:
     assert language.translate(both)[-6:] == ["PRO1", "N7", "OBJ1", "V2", "T1", "SUBJ1PL"]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**9), st.sampled_from(DOMAINS))
 def test_every_sentence_has_one_translation_of_known_words(seed: int, domain: str) -> None:
     sentence = LANGUAGE.draw(random.Random(seed), domain)
@@ -65,7 +64,6 @@ def test_every_sentence_has_one_translation_of_known_words(seed: int, domain: st
     assert all(n < 48 if domain == "tales" else n >= 32 for n in nouns)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**9), st.sampled_from(DOMAINS))
 def test_a_claim_is_labelled_by_what_it_changes(seed: int, domain: str) -> None:
     rng = random.Random(seed)

@@ -155,7 +155,7 @@ def test_layers_without_heads_have_no_lines() -> None:
     assert len(circuit_table(model).lines) == 6
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 7), sign=st.sampled_from([1, -1]))
 def test_copying_is_one_for_positive_matrices_and_minus_one_for_negative(seed: int, n: int, sign: int) -> None:
     x = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -80,7 +80,7 @@ def test_values_and_interface_are_those_of_transformer_lens(name: str) -> None:
         _ = ours.nothing
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 1000), name=st.sampled_from([*zoo.MHA_GQA_MQA, "dcformer-mha"]), what=st.sampled_from("QKV"))
 def test_pruned_models_have_the_heads_that_are_there(seed: int, name: str, what: str) -> None:
     model = zoo.build(name)

@@ -135,7 +135,7 @@ def test_a_loss_of_ones_own() -> None:
     np.testing.assert_allclose(curve.values, 2 * own.values, rtol=1e-6)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, derandomize=True)
 @given(st.lists(st.floats(0, 1), max_size=5))
 def test_fractions_are_sorted_and_begin_with_the_whole_model(fractions: list[float]) -> None:
     model = _TINY

@@ -44,7 +44,7 @@ def by_hand(model: torch.nn.Module, data: Sequence[dict[str, Tensor]], stack: st
     return total / n
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.integers(1, 9), st.integers(0, 99))
 def test_divergences_are_scipys(n_heads: int, n_queries: int, n_keys: int, cached: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -59,7 +59,7 @@ def test_masked_equals_pruned(name: str, attention: str, gqa: str, with_fill: bo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "attention"), PAIRS)
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**6), gqa=st.sampled_from(["pad", "ungroup"]), with_fill=st.booleans())
 def test_masked_equals_pruned_for_any_mask(name: str, attention: str, seed: int, gqa: str, with_fill: bool) -> None:
     model = build(name, attention)

@@ -159,7 +159,7 @@ def test_every_task_has_exactly_one_right_answer_and_right_spans(tasks: InContex
         check(context, 2, 6, 3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data(), st.integers(2, 6), st.integers(0, 3), st.integers(1, 4), st.integers(0, 10**6))
 def test_other_sizes(data: Any, records: int, shots: int, scored: int, seed: int) -> None:
     relations = ["possession", "city", "use", "adjective", "time"] + ["odd"] * (records > 2)

@@ -181,7 +181,7 @@ def test_a_probe_computes_what_the_loop_does_and_so_does_its_last_query_alone(ki
         assert np.abs(logits(probe, ids, last=True) - expected).max() < 1e-11
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     level=st.sampled_from(LEVELS),

@@ -62,7 +62,7 @@ def test_every_kind_computes_what_all_queries_do(kind: str, residual: bool) -> N
         assert_as_all_queries(build(seed, residual=residual, **OPTIONS[kind]), seed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     places=st.lists(st.sampled_from(PLACES), unique=True),
     rank=st.integers(1, HEADS),

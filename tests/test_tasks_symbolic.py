@@ -149,7 +149,7 @@ def assert_solved(task: CrossComposition, sample: Sample, pairs: set[tuple[int, 
             assert len(times) == min(task.n_features, task.n_records)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(tasks(), st.sampled_from(SPLITS), st.integers(0, 9))
 def test_the_tokens_alone_say_what_the_sample_says(task, split, draw):
     if split == "test" and not task.n_held_out:
@@ -181,7 +181,7 @@ def test_the_sizes_of_the_study(level, layout, shared):
 # --- which combinations are held out
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tasks())
 def test_trained_and_held_out_combinations_are_all_and_none_is_in_both(task):
     trained, out = ([tuple(pair) for pair in part.tolist()] for part in (task.trained_pairs, task.held_out_pairs))
@@ -352,7 +352,7 @@ def test_a_batch_has_the_answer_behind_the_sequence_and_a_label_there_alone(shar
 # --- the controls
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_associative_recall_follows_from_the_pairs(data):
     keys = data.draw(st.integers(1, 9), "keys")
@@ -375,7 +375,7 @@ def test_associative_recall_follows_from_the_pairs(data):
     assert task.n_tokens == keys + values
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 99), st.sampled_from(SPLITS))
 def test_induction_follows_from_what_was_said_before(tokens, length, seed, split):
     batch = Induction(tokens, length, seed).sample(5, split)

@@ -60,7 +60,7 @@ def test_top_pairs_are_those_of_the_whole_matrix(
     assert len(found.drop_duplicates(["source_id", "target_id"])) == 17
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6), n=st.integers(1, 13), m=st.integers(1, 11), k=st.integers(1, 150), rows=st.integers(1, 14)
 )

@@ -82,7 +82,7 @@ def assert_backends_agree(make, *args, unused: Sequence[str] = (), **kwargs) -> 
 # --- what a query sees
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_blocks_show_every_query_its_keys_and_no_others(data):
     n_keys = data.draw(st.integers(1, 9), "keys")

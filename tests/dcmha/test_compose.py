@@ -97,7 +97,7 @@ def test_other_ranks_and_groups(groups, rank):
     assert_like_the_loop(compose, loop(compose, **options))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     places=st.sets(st.sampled_from(PLACES)),
     rank=st.integers(1, 3),
@@ -343,7 +343,7 @@ def test_scaled_puts_everything_back():
 # --- pruned maps
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), groups=st.sampled_from([1, 2, 3]), rank=st.integers(1, 2))
 def test_narrowed_maps_are_the_rows_and_columns_that_are_left(data, groups, rank):
     heads = st.sets(st.integers(0, HEADS - 1)).map(sorted)
@@ -473,7 +473,7 @@ def test_what_queries_and_keys_bring_by_themselves_with_any_places():
                 assert_only(build(n, branches=places))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), groups=st.sampled_from([1, 3]), rank=st.integers(1, 2))
 def test_what_queries_and_keys_bring_by_themselves_to_pruned_maps(data, groups, rank):
     heads = st.sets(st.integers(0, HEADS - 1)).map(sorted)

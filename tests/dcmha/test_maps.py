@@ -193,7 +193,7 @@ def test_every_set_of_branches(number: int) -> None:
     scale=st.dictionaries(st.sampled_from(PLACES), st.sampled_from([0.0, 0.5])),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])  # a model is slow to shrink
+@settings(max_examples=20, derandomize=True, phases=[Phase.generate])  # a model is slow to shrink
 def test_all_at_once(
     places: set[str], rank: int, groups: int, residual: bool, window: int | None, kept: list[set[int]],
     scale: dict[str, float], seed: int,

@@ -130,7 +130,7 @@ def configs(draw):
     return DCPythiaConfig(**options, intermediate_size=9, use_parallel_residual=parallel, use_linear_bias=bias)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(config=configs(), seed=st.integers(0, 99), n_pos=st.integers(1, 9))
 def test_any_model_computes_what_loops_compute(config, seed, n_pos):
     model = build(config, seed)

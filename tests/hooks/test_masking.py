@@ -74,7 +74,7 @@ def test_every_head_can_go_at_once_and_none(name: str) -> None:
     assert torch.equal(untouched, logits(model, name))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.data())
 @pytest.mark.parametrize("name", zoo.MHA_GQA_MQA)
 def test_any_gates(name: str, data: st.DataObject) -> None:

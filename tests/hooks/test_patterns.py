@@ -336,7 +336,7 @@ def test_scores_that_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(looks(model, batch)) == 3
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.sampled_from(zoo.MHA_GQA_MQA), st.integers(1, 3), st.integers(1, 9), st.integers(0, 8))
 def test_probabilities_of_any_batch(name: str, n_batch: int, n_pos: int, n_pad: int) -> None:
     model = zoo.build(name)
