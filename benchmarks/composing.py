@@ -23,7 +23,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import headlab as hl
-from headlab.composing import composition_scores
+from headlab.circuits.composition import composition_scores
 
 from .cost import seconds, spread
 

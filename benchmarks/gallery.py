@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import headlab as hl
 from headlab import plots
-from headlab.circuit_tables import circuit_table
+from headlab.circuits.summary import circuit_table
 from headlab.dcmha import DCFormerConfig, DCFormerForCausalLM
 from headlab.results import Result, write
 

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from . import plots
     from .behaviour import patterns, roles
     from .checkpoints import profile
-    from .circuit_tables import circuit_table
-    from .circuits import composed_circuit, ov, qk
-    from .composing import composition_scores, map_composition
+    from .circuits.composition import composition_scores, map_composition
+    from .circuits.matrices import composed_circuit, ov, qk
+    from .circuits.summary import circuit_table
+    from .circuits.tokens import directions, score_parts, top_pairs
     from .curves import Curve, pruning_curve
     from .data.losses import own_loss
     from .data.texts import read_batches, text_batches
@@ -37,14 +38,14 @@ if TYPE_CHECKING:
     from .speed import Timing, timing
     from .surgery import kept, prune, save_pruned
     from .taylor import importance
-    from .vocabulary import directions, score_parts, top_pairs
 
 _HOME = {  # no module may have the name of something public: importing it would hide the other
     "behaviour": ("patterns", "roles"),
     "checkpoints": ("profile",),
-    "circuit_tables": ("circuit_table",),
-    "circuits": ("composed_circuit", "ov", "qk"),
-    "composing": ("composition_scores", "map_composition"),
+    "circuits.composition": ("composition_scores", "map_composition"),
+    "circuits.matrices": ("composed_circuit", "ov", "qk"),
+    "circuits.summary": ("circuit_table",),
+    "circuits.tokens": ("directions", "score_parts", "top_pairs"),
     "curves": ("Curve", "pruning_curve"),
     "data.losses": ("own_loss",),
     "data.texts": ("read_batches", "text_batches"),
@@ -53,10 +54,7 @@ _HOME = {  # no module may have the name of something public: importing it would
     "errors": ("HeadlabError",),
     "exact": ("AblationScores", "ablation"),
     "hooks.capture": ("capture",),
-    "hooks.fills": (
-        "Fill",
-        "fill",
-    ),
+    "hooks.fills": ("Fill", "fill"),
     "hooks.masking": ("masked",),
     "likeness": ("similarity",),
     "loading": ("bridge", "load"),
@@ -69,7 +67,6 @@ _HOME = {  # no module may have the name of something public: importing it would
     "speed": ("Timing", "timing"),
     "surgery": ("kept", "prune", "save_pruned"),
     "taylor": ("importance",),
-    "vocabulary": ("directions", "score_parts", "top_pairs"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -36,10 +36,10 @@ def circuits(
 ) -> None:
     """What every head looks for (QK) and carries (OV), and how heads feed each other. Goes on where it stopped."""
     from . import plots
-    from .circuit_tables import CircuitTable, circuit_table
-    from .composing import CompositionScores, composition_scores, map_composition
+    from .circuits.composition import CompositionScores, composition_scores, map_composition
+    from .circuits.summary import CircuitTable, circuit_table
+    from .circuits.tokens import directions
     from .models.access import heads, rows
-    from .vocabulary import directions
 
     loaded = folder.open_model(model, dtype, device)
     known = {str(found): found for found in heads(loaded)}

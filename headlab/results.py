@@ -23,11 +23,11 @@ FORMAT = 1
 _kinds: dict[str, type[Result]] = {}
 _HOMES = {  # to load them
     "ablation": "exact",
-    "circuits": "circuit_tables",
-    "composition": "composing",
+    "circuits": "circuits.summary",
+    "composition": "circuits.composition",
     "correlation": "domains",
     "curve": "curves",
-    "directions": "vocabulary",
+    "directions": "circuits.tokens",
     "mask": "scores",
     "patterns": "behaviour",
     "profile": "checkpoints",

@@ -13,8 +13,8 @@ from torch import nn
 import headlab as hl
 from headlab.behaviour import Roles
 from headlab.checkpoints import Profile
-from headlab.circuit_tables import CircuitTable, circuit_table
-from headlab.composing import CompositionScores
+from headlab.circuits.composition import CompositionScores
+from headlab.circuits.summary import CircuitTable, circuit_table
 from headlab.domains import Correlation
 from headlab.prompts import Pattern
 from tests.conftest import Failing, Run
@@ -124,7 +124,12 @@ def test_circuits(
         assert found.record["norm"] == "fold"
         assert f"K-composition: {own.top(1)[0]}" in said
     before = contents(out)
-    stop(monkeypatch, "circuit_tables.circuit_table", "composing.composition_scores", "composing.map_composition")
+    stop(
+        monkeypatch,
+        "circuits.summary.circuit_table",
+        "circuits.composition.composition_scores",
+        "circuits.composition.map_composition",
+    )
     assert run("circuits", model, "--out", out)[:2] == (0, said)
     assert contents(out) == before
 
@@ -137,7 +142,7 @@ def test_circuits_go_on_after_what_is_there(
     assert run("circuits", saved("llama-gqa"), "--out", out)[0] == 0
     before = contents(out)
     (out / "composition-V.json").unlink()
-    stop(monkeypatch, "circuit_tables.circuit_table")
+    stop(monkeypatch, "circuits.summary.circuit_table")
     assert run("circuits", saved("llama-gqa"), "--out", out)[0] == 0
     assert contents(out) == before
 

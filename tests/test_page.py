@@ -409,8 +409,8 @@ def of_a_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     import headlab as hl
     from headlab.behaviour import roles
-    from headlab.circuit_tables import circuit_table
-    from headlab.composing import composition_scores
+    from headlab.circuits.composition import composition_scores
+    from headlab.circuits.summary import circuit_table
     from headlab.likeness import similarity
     from headlab.prompts import attention_patterns
     from tests.helpers.zoo import VOCAB, ZOO
@@ -446,7 +446,7 @@ def test_what_is_measured_of_a_model_is_on_its_page(of_a_model: Path) -> None:
 
 
 def test_directions_are_read_from_end_to_end(tmp_path: Path) -> None:
-    from headlab.vocabulary import Directions
+    from headlab.circuits.tokens import Directions
 
     lines = [
         {

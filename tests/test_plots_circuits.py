@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import headlab as hl
-from headlab.circuit_tables import CircuitTable, circuit_table
+from headlab.circuits.summary import CircuitTable, circuit_table
+from headlab.circuits.tokens import directions
 from headlab.plots.circuits import content, spectra, tokens_of
-from headlab.vocabulary import directions
 from tests.helpers import surgical, zoo
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import headlab as hl
-from headlab.composing import CompositionScores, composition_scores, map_composition
+from headlab.circuits.composition import CompositionScores, composition_scores, map_composition
 from headlab.errors import HeadlabError
 from headlab.plots.composing import composition_graph, composition_matrix
 from tests.helpers import surgical, zoo

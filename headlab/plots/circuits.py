@@ -12,9 +12,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from ..circuit_tables import CircuitTable, Spectrum
+from ..circuits.summary import CircuitTable, Spectrum
+from ..circuits.tokens import Directions
 from ..errors import HeadlabError
-from ..vocabulary import Directions
 from .common import shown
 
 _LONGEST = 14  # characters of a token in a cell

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from ..composing import KINDS, CompositionScores, MapReader, Pair, Reader
+from ..circuits.composition import KINDS, CompositionScores, MapReader, Pair, Reader
 from ..errors import HeadlabError
 from .common import PALETTE
 

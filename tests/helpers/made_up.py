@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from headlab.composing import CompositionScores
+from headlab.circuits.composition import CompositionScores
 from headlab.curves import Curve
 from headlab.domains import correlate
 from headlab.exact import AblationScores

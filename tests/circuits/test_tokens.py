@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab import vocabulary
-from headlab.circuits import ov, qk
+from headlab.circuits import tokens
+from headlab.circuits.matrices import ov, qk
+from headlab.circuits.tokens import Directions, directions, score_parts, top_pairs
 from headlab.models.access import rows
 from headlab.models.norms import final_norm, gain
 from headlab.models.positions import learned_positions
-from headlab.vocabulary import Directions, directions, score_parts, top_pairs
 from tests.helpers import zoo
 
 
@@ -47,7 +47,7 @@ def _whole(model: nn.Module, layer: int, head: int, circuit: str, norm: str, dis
 def test_top_pairs_are_those_of_the_whole_matrix(
     name: str, circuit: str, norm: str, distance: int | None, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary, "_BLOCK", block)
+    monkeypatch.setattr(tokens, "_BLOCK", block)
     model = zoo.build(name)
     found = top_pairs(model, 1, 2, circuit, 17, norm=norm, distance=distance)  # type: ignore[arg-type]
     whole = _whole(model, 1, 2, circuit, norm, distance)
@@ -68,8 +68,8 @@ def test_the_largest_of_any_matrix_are_found_block_by_block(seed: int, n: int, m
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randint(-3, 4, (size, 2), generator=generator).double() for size in (n, m))  # many ties
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocabulary, "_BLOCK", rows * m)
-        values, places = vocabulary._largest(a, b, k)
+        patch.setattr(tokens, "_BLOCK", rows * m)
+        values, places = tokens._largest(a, b, k)
     whole = (a @ b.T).flatten()
     torch.testing.assert_close(values, whole.topk(min(k, n * m)).values)
     torch.testing.assert_close(whole[places], values)
@@ -131,7 +131,7 @@ def test_a_tokenizer_names_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         def decode(self, ids: list[int]) -> str:
             return f"<{ids[0]}>"
 
-    monkeypatch.setattr(vocabulary, "tokenizer", lambda _: Words())
+    monkeypatch.setattr(tokens, "tokenizer", lambda _: Words())
     model = zoo.build("llama-mha")
     pairs = top_pairs(model, 0, 0, k=2)
     assert pairs["target"][0] == f"<{pairs['target_id'][0]}>"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import headlab as hl
 from headlab import dcmha
-from headlab.circuits import composed_circuit, ov, qk
+from headlab.circuits.matrices import composed_circuit, ov, qk
 from headlab.dcmha.maps import composition_maps
 from headlab.models.access import rows
 from headlab.models.attention_modules import Attention

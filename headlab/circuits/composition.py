@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .errors import HeadlabError
-from .models.access import describe, inner, rows
-from .models.attention_modules import Attention, bare, weight_blocks
-from .models.norms import Norm, approximate, circuits_of, gain, norm_before
-from .results import Result
-from .scores import Head
+from ..errors import HeadlabError
+from ..models.access import describe, inner, rows
+from ..models.attention_modules import Attention, bare, weight_blocks
+from ..models.norms import Norm, approximate, circuits_of, gain, norm_before
+from ..results import Result
+from ..scores import Head
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .dcmha.maps import CompositionMaps
-from .errors import HeadlabError
-from .models.access import fingerprint, rows
-from .models.attention_modules import Attention
-from .models.norms import Norm, circuits_of
-from .models.positions import angles, turned
-from .models.projections import Projections
+from ..errors import HeadlabError
+from ..models.access import fingerprint, rows
+from ..models.attention_modules import Attention
+from ..models.norms import Norm, circuits_of
+from ..models.positions import angles, turned
+from ..models.projections import Projections
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
+
+    from ..dcmha.maps import CompositionMaps
 
 Circuit = Literal["qk", "ov"]
 

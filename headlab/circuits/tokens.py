@@ -14,15 +14,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .circuits import Circuit, factored, find_row, ov_factors, qk_factors
-from .errors import HeadlabError
-from .models.access import describe, inner, tokenizer
-from .models.attention_modules import Attention, bare
-from .models.norms import Gain, Norm, approximate, circuits_of, final_norm, gain
-from .models.positions import learned_positions
-from .models.projections import wide
-from .results import Result
-from .scores import Head
+from ..errors import HeadlabError
+from ..models.access import describe, inner, tokenizer
+from ..models.attention_modules import Attention, bare
+from ..models.norms import Gain, Norm, approximate, circuits_of, final_norm, gain
+from ..models.positions import learned_positions
+from ..models.projections import wide
+from ..results import Result
+from ..scores import Head
+from .matrices import Circuit, factored, find_row, ov_factors, qk_factors
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headlab as hl
-from headlab.circuit_tables import DISTANCES, CircuitTable, circuit_table, copying
-from headlab.circuits import ov, qk
+from headlab.circuits.matrices import ov, qk
+from headlab.circuits.summary import DISTANCES, CircuitTable, circuit_table, copying
 from headlab.models.access import rows
 from headlab.models.norms import final_norm, gain
 from headlab.models.positions import is_rotary

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab.composing import CompositionScores, MapReader, composition_scores, map_composition
+from headlab.circuits.composition import CompositionScores, MapReader, composition_scores, map_composition
 from headlab.errors import HeadlabError
 from headlab.models.access import rows
 from headlab.models.norms import circuits_of, gain, norm_before

@@ -16,15 +16,15 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .errors import HeadlabError
-from .models.access import describe, rows
-from .models.attention_modules import Attention
-from .models.norms import Norm, approximate, circuits_of
-from .models.positions import angles, is_rotary, turned
-from .models.projections import Projections
-from .results import Result
-from .scores import Head, Heads, HeadScores
-from .vocabulary import Moments, Vocabulary, moments_of, parts, vocabulary_of
+from ..errors import HeadlabError
+from ..models.access import describe, rows
+from ..models.attention_modules import Attention
+from ..models.norms import Norm, approximate, circuits_of
+from ..models.positions import angles, is_rotary, turned
+from ..models.projections import Projections
+from ..results import Result
+from ..scores import Head, Heads, HeadScores
+from .tokens import Moments, Vocabulary, moments_of, parts, vocabulary_of
 
 if TYPE_CHECKING:
     import pandas as pd
