@@ -11,7 +11,9 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import plots
-    from .behaviour import patterns, roles
+    from .attention.prompts import attention_patterns
+    from .attention.roles import patterns, roles
+    from .attention.similarity import similarity
     from .checkpoints import profile
     from .circuits.composition import composition_scores, map_composition
     from .circuits.matrices import composed_circuit, ov, qk
@@ -27,12 +29,10 @@ if TYPE_CHECKING:
     from .hooks.capture import capture
     from .hooks.fills import Fill, fill
     from .hooks.masking import masked
-    from .likeness import similarity
     from .loading import bridge, load
     from .models.access import heads
     from .models.families import Family, register
     from .page.build import report
-    from .prompts import attention_patterns
     from .results import Result
     from .scores import Head, HeadMask, HeadScores
     from .speed import Timing, timing
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from .taylor import importance
 
 _HOME = {  # no module may have the name of something public: importing it would hide the other
-    "behaviour": ("patterns", "roles"),
+    "attention.prompts": ("attention_patterns",),
+    "attention.roles": ("patterns", "roles"),
+    "attention.similarity": ("similarity",),
     "checkpoints": ("profile",),
     "circuits.composition": ("composition_scores", "map_composition"),
     "circuits.matrices": ("composed_circuit", "ov", "qk"),
@@ -56,12 +58,10 @@ _HOME = {  # no module may have the name of something public: importing it would
     "hooks.capture": ("capture",),
     "hooks.fills": ("Fill", "fill"),
     "hooks.masking": ("masked",),
-    "likeness": ("similarity",),
     "loading": ("bridge", "load"),
     "models.access": ("heads",),
     "models.families": ("Family", "register"),
     "page.build": ("report",),
-    "prompts": ("attention_patterns",),
     "results": ("Result",),
     "scores": ("Head", "HeadMask", "HeadScores"),
     "speed": ("Timing", "timing"),

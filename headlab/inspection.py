@@ -91,11 +91,11 @@ def roles(
 ) -> None:
     """Where heads look: their roles, their patterns' statistics, which heads are alike; and patterns on prompts."""
     from . import plots
-    from .behaviour import PatternStats, Roles
-    from .behaviour import patterns as measured
-    from .behaviour import roles as found_in
-    from .likeness import Similarity, similarity
-    from .prompts import attention_patterns
+    from .attention.prompts import attention_patterns
+    from .attention.roles import PatternStats, Roles
+    from .attention.roles import patterns as measured
+    from .attention.roles import roles as found_in
+    from .attention.similarity import Similarity, similarity
 
     loaded = folder.open_model(model, dtype, device)
     drawn = [attention_patterns(loaded, one) for one in folder.prompts(loaded, prompt or [])]  # a bad prompt is told first

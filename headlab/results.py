@@ -29,11 +29,11 @@ _HOMES = {  # to load them
     "curve": "curves",
     "directions": "circuits.tokens",
     "mask": "scores",
-    "patterns": "behaviour",
+    "patterns": "attention.roles",
     "profile": "checkpoints",
-    "roles": "behaviour",
+    "roles": "attention.roles",
     "scores": "scores",
-    "similarity": "likeness",
+    "similarity": "attention.similarity",
     "timing": "speed",
 }
 _UNWRITTEN = (OSError, SafetensorError)  # what a full disk raises; safetensors has its own error for it

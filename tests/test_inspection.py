@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import headlab as hl
-from headlab.behaviour import Roles
+from headlab.attention.prompts import Pattern
+from headlab.attention.roles import Roles
 from headlab.checkpoints import Profile
 from headlab.circuits.composition import CompositionScores
 from headlab.circuits.summary import CircuitTable, circuit_table
 from headlab.domains import Correlation
-from headlab.prompts import Pattern
 from tests.conftest import Failing, Run
 from tests.helpers import zoo
 from tests.helpers.words import WORDS, save_with_tokenizer
@@ -226,7 +226,7 @@ def test_roles(
     assert Roles.load(out / "roles.json").to_frame().equals(expected.to_frame())
     assert Pattern.load(out / "attention-2.safetensors").tokens == {"": (WORDS[9], WORDS[9])}
     before = contents(out)
-    stop(monkeypatch, "behaviour.roles", "behaviour.patterns", "likeness.similarity")
+    stop(monkeypatch, "attention.roles.roles", "attention.roles.patterns", "attention.similarity.similarity")
     assert run(*command)[:2] == (0, said)
     assert contents(out) == before
 
@@ -252,7 +252,7 @@ def test_roles_on_a_short_context_go_on_too(
     out, command = tmp_path / "results", ["roles", saved("gpt2"), "--sequences", 3]
     assert run(*command, "--out", out, "--tokens", tokens)[0] == 0
     before = contents(out)
-    stop(monkeypatch, "behaviour.roles")
+    stop(monkeypatch, "attention.roles.roles")
     assert run(*command, "--out", out, "--tokens", tokens)[0] == 0
     assert "differs in: asked" in failing(*command, "--out", out, "--tokens", 12)
     assert "differs in: asked" in failing(*command, "--out", out, "--tokens", tokens, "--seed", 1)

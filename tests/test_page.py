@@ -408,11 +408,11 @@ def of_a_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     import headlab as hl
-    from headlab.behaviour import roles
+    from headlab.attention.prompts import attention_patterns
+    from headlab.attention.roles import roles
+    from headlab.attention.similarity import similarity
     from headlab.circuits.composition import composition_scores
     from headlab.circuits.summary import circuit_table
-    from headlab.likeness import similarity
-    from headlab.prompts import attention_patterns
     from tests.helpers.zoo import VOCAB, ZOO
 
     folder = tmp_path_factory.mktemp("model")

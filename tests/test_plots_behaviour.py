@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import headlab as hl
-from headlab.behaviour import Roles, roles
-from headlab.likeness import Similarity, similarity
+from headlab.attention.roles import Roles, roles
+from headlab.attention.similarity import Similarity, similarity
 from headlab.models.access import heads
 from headlab.plots import behaviour as plots
 from tests.helpers import zoo

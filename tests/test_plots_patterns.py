@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import headlab as hl
+from headlab.attention.prompts import Pattern, attention_patterns
 from headlab.plots.patterns import pattern
-from headlab.prompts import Pattern, attention_patterns
 from headlab.scores import Head
 from tests.helpers import zoo
 

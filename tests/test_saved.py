@@ -22,7 +22,7 @@ MODELS = sorted(path.name for path in SAVED.glob("pruned-*"))
 
 
 def opened(path: Path) -> hl.Result:
-    from headlab.prompts import Pattern
+    from headlab.attention.prompts import Pattern
 
     kinds = {"fill": hl.Fill, "fill-resample": hl.Fill, "maps": hl.CompositionMaps, "pattern": Pattern}
     return kinds.get(path.stem, hl.Result).load(path)

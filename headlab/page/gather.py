@@ -24,7 +24,7 @@ _STACKS = ("", "enc", "dec", "cross")
 _ELSEWHERE = {"evaluation": "synthetic_tasks.evaluation", "probes": "synthetic_tasks.benchmark"}  # kinds beside headlab's
 _TENSORS = {  # kinds that are safetensors files
     "maps": ("headlab.dcmha.maps", "CompositionMaps"),
-    "pattern": ("headlab.prompts", "Pattern"),
+    "pattern": ("headlab.attention.prompts", "Pattern"),
 }
 _SILENT = ("fill",)  # read by commands, nothing to look at
 _EXPECTED = {  # what the page can show, and which command makes it

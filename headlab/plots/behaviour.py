@@ -11,8 +11,8 @@ from plotly.subplots import make_subplots
 from .common import PALETTE, row_names
 
 if TYPE_CHECKING:
-    from ..behaviour import Roles
-    from ..likeness import Similarity
+    from ..attention.roles import Roles
+    from ..attention.similarity import Similarity
     from ..scores import Head
 
 COLOURS = {
@@ -32,7 +32,7 @@ STACKS = {"": "", "enc": "encoder", "dec": "decoder", "cross": "cross-attention"
 
 def roles(roles: Roles, title: str = "Roles of heads") -> go.Figure:
     """A cell per head in the colour of its main role, all its numbers on hover; a head that is not there stays blank."""
-    from ..behaviour import ROLES
+    from ..attention.roles import ROLES
 
     width = max((head.index for row in roles.heads for head in row), default=-1) + 1
     names = ["none of these", *ROLES]

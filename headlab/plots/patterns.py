@@ -14,7 +14,7 @@ from ..errors import HeadlabError
 from .common import shown
 
 if TYPE_CHECKING:
-    from ..prompts import Pattern
+    from ..attention.prompts import Pattern
     from ..scores import Head
 
 MOST = 12  # heads in one figure, unless more are asked for

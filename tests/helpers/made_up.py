@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from headlab.attention.prompts import Pattern
+from headlab.attention.similarity import Similarity
 from headlab.circuits.composition import CompositionScores
 from headlab.curves import Curve
 from headlab.domains import correlate
 from headlab.exact import AblationScores
-from headlab.likeness import Similarity
-from headlab.prompts import Pattern
 from headlab.scores import Head, HeadScores
 from headlab.speed import Timing
 

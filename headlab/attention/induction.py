@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data.batches import Batch, context_length
-from .errors import HeadlabError
-from .hooks.sites import Pass, at_sites
-from .measures import Ratios
-from .models.access import inner, is_folded, rows, tokenizer
-from .models.attention_modules import Attention, bare
-from .models.norms import final_norm, gain, norm_after
-from .models.projections import projections
+from ..data.batches import Batch, context_length
+from ..errors import HeadlabError
+from ..hooks.sites import Pass, at_sites
+from ..models.access import inner, is_folded, rows, tokenizer
+from ..models.attention_modules import Attention, bare
+from ..models.norms import final_norm, gain, norm_after
+from ..models.projections import projections
+from .statistics import Ratios
 
 RANDOM_BATCH = 8  # sequences that go through the model at once
 

@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data.batches import Batch, Batches, describe_data, prepare, real_tokens
-from .data.losses import forward
-from .errors import HeadlabError
-from .hooks.patterns import Look, at_patterns
-from .models.access import describe, evaluating, inner, rows
-from .models.attention_modules import Attention
-from .results import Result
-from .scores import Head
+from ..data.batches import Batch, Batches, describe_data, prepare, real_tokens
+from ..data.losses import forward
+from ..errors import HeadlabError
+from ..hooks.patterns import Look, at_patterns
+from ..models.access import describe, evaluating, inner, rows
+from ..models.attention_modules import Attention
+from ..results import Result
+from ..scores import Head
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import headlab as hl
+from headlab.attention.prompts import Pattern, attention_patterns
 from headlab.hooks.patterns import Look, at_patterns
 from headlab.models.access import rows
-from headlab.prompts import Pattern, attention_patterns
 from tests.helpers import zoo
 from tests.helpers.words import save_with_tokenizer
 
@@ -74,7 +74,7 @@ def test_tokens_that_are_part_of_a_letter_keep_their_piece(monkeypatch: pytest.M
         def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
             return [f"<0x{number}>" for number in ids]
 
-    monkeypatch.setattr("headlab.prompts.tokenizer", lambda _: Words())
+    monkeypatch.setattr("headlab.attention.prompts.tokenizer", lambda _: Words())
     found = attention_patterns(zoo.build("gpt2"), torch.tensor([[7, 8, 9]]))
     assert found.tokens[""] == ("<0x7>", "<0x8>", " the")
 
@@ -148,6 +148,6 @@ def test_rows_without_wanted_heads_are_not_looked_at(monkeypatch: pytest.MonkeyP
         asked.extend(row.row for row in wanted)
         return at_patterns(model, see, wanted)
 
-    monkeypatch.setattr("headlab.prompts.at_patterns", at)
+    monkeypatch.setattr("headlab.attention.prompts.at_patterns", at)
     attention_patterns(model, one("llama-gqa"), ["L1H2", "L1H0"])
     assert asked == [rows(model)[1].row]

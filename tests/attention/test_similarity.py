@@ -12,11 +12,11 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
 import headlab as hl
-from headlab import likeness
+from headlab.attention import similarity as module
+from headlab.attention.similarity import Similarity, divergences, similarity
 from headlab.data.batches import real_tokens
 from headlab.data.losses import forward
 from headlab.hooks.patterns import at_patterns
-from headlab.likeness import Similarity, divergences, similarity
 from headlab.models.access import heads
 from headlab.models.attention_modules import Attention
 from tests.helpers import zoo
@@ -51,11 +51,11 @@ def test_divergences_are_scipys(n_heads: int, n_queries: int, n_keys: int, cache
     patterns = torch.randn(n_heads, n_queries, n_keys, generator=generator).mul(2).softmax(-1)
     patterns[0] = 0
     patterns[0, :, 0] = 1  # zeros and ones are weights too
-    before, likeness.CACHED = likeness.CACHED, cached
+    before, module.CACHED = module.CACHED, cached
     try:
         found = divergences(patterns)
     finally:
-        likeness.CACHED = before
+        module.CACHED = before
     p = patterns.double().numpy()
     wanted = [
         [sum(jensenshannon(a, b) ** 2 for a, b in zip(p[i], p[j], strict=True)) for j in range(n_heads)]
@@ -69,7 +69,7 @@ def test_all_queries_give_the_distances_of_loops(name: str, monkeypatch: pytest.
     model, data = zoo.build(name), [zoo.batch_for(name, seed, labels=False) for seed in (0, 1)]
     wanted = by_hand(model, data)
     for room in (2**28, 4 * 18 * 7 * 5):  # the second one: five queries at a time
-        monkeypatch.setattr(likeness, "ROOM", room)
+        monkeypatch.setattr(module, "ROOM", room)
         found = similarity(model, data, queries=999)
         np.testing.assert_allclose(found.distances, wanted, atol=3e-6)
         assert found.record["queries"] == {"all": 2 * (6 + 4 + 3 + 6)}
@@ -119,10 +119,10 @@ def test_heads_with_equal_weights_are_alike_and_in_one_cluster() -> None:
 def test_the_map_keeps_distances_that_fit_a_plane() -> None:
     points = np.random.default_rng(0).normal(size=(7, 2))
     distances = np.linalg.norm(points[:, None] - points, axis=-1)
-    places = likeness._map(distances)
+    places = module._map(distances)
     np.testing.assert_allclose(np.linalg.norm(places[:, None] - places, axis=-1), distances, atol=1e-3)
-    np.testing.assert_array_equal(likeness._map(distances[:2, :2])[1], [distances[0, 1], 0])
-    assert likeness._map(np.zeros((4, 4))).tolist() == [[0, 0]] * 4
+    np.testing.assert_array_equal(module._map(distances[:2, :2])[1], [distances[0, 1], 0])
+    assert module._map(np.zeros((4, 4))).tolist() == [[0, 0]] * 4
 
 
 @pytest.mark.parametrize("name", zoo.MHA_GQA_MQA)

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import headlab as hl
-from headlab import measures
-from headlab.behaviour import ROLES, HeadTable, PatternStats, Roles, patterns, roles
+from headlab.attention import statistics
+from headlab.attention.induction import repeated, special_tokens
+from headlab.attention.roles import ROLES, PatternStats, Roles, patterns, roles
 from headlab.data.batches import real_tokens
 from headlab.data.losses import forward
 from headlab.hooks.patterns import Look, at_patterns
 from headlab.hooks.sites import at_sites
 from headlab.models.access import heads, rows
-from headlab.repeated import repeated, special_tokens
+from headlab.tables import HeadTable
 from tests.helpers import zoo
 
 Values = dict[str, list[tuple[float, int]]]  # per example: the sum over counted queries, and how many these are
@@ -139,7 +140,7 @@ def test_every_number_is_that_of_loops_over_queries(name: str, left: bool) -> No
                 for one, values in sums.items():
                     if composed or one != "sum":
                         check(found, row.row, head, f"composed_{one}" if composed else one, values)
-                for one in measures.MARKS:
+                for one in statistics.MARKS:
                     if one not in sums:
                         assert np.isnan(found.columns[one][row.row][head]), one
 
@@ -168,7 +169,7 @@ def eta_squared(pattern: np.ndarray, seen: np.ndarray) -> float:
 @given(st.integers(1, 3), st.integers(3, 7), st.integers(0, 99))
 def test_positional_is_the_variance_between_distances(n_batch: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    sums, patterns_of, masks = measures.ByDistance(2), [], []
+    sums, patterns_of, masks = statistics.ByDistance(2), [], []
     for length in (n, n + 2, n - 1):
         seen = torch.rand(n_batch, length, length, generator=generator) > 0.3
         pattern = torch.rand(n_batch, 2, length, length, generator=generator) * seen[:, None]
@@ -183,7 +184,7 @@ def test_positional_is_the_variance_between_distances(n_batch: int, n: int, seed
 
 def test_positional_patterns_are_explained_wholly_and_uniform_ones_do_not_vary() -> None:
     seen = torch.ones(2, 5, 5, dtype=torch.bool)
-    sums = measures.ByDistance(2)
+    sums = statistics.ByDistance(2)
     sums.add(torch.stack([torch.eye(5), torch.full((5, 5), 0.2)]).expand(2, 2, 5, 5), seen)
     assert sums.explained[0] == pytest.approx(1)
     assert np.isnan(sums.explained[1])
@@ -192,14 +193,14 @@ def test_positional_patterns_are_explained_wholly_and_uniform_ones_do_not_vary()
 def test_constructed_patterns_have_the_numbers_that_they_were_made_for() -> None:
     text = torch.tensor([[5, 6, 7, 5, 6, 7]])
     seen = torch.ones(6, 6).tril().bool()[None]
-    marks = measures.marked(seen, measures.Text(torch.ones_like(text).bool(), text), same=True)
+    marks = statistics.marked(seen, statistics.Text(torch.ones_like(text).bool(), text), same=True)
     pattern = torch.zeros(1, 3, 6, 6)
     for query in range(6):
         pattern[0, 0, query, max(query - 1, 0)] = 1
         pattern[0, 1, query, query - 3 if query > 2 else 0] = 1
         pattern[0, 2, query, query - 2 if query > 2 else 0] = 1
-    sums = measures.LayerSums(3, 3, composed=False)
-    sums.add(pattern, None, seen, marks, measures.Text(torch.ones_like(text).bool(), text), same=True)
+    sums = statistics.LayerSums(3, 3, composed=False)
+    sums.add(pattern, None, seen, marks, statistics.Text(torch.ones_like(text).bool(), text), same=True)
     means, errors = sums.columns()
     assert means["previous"].tolist() == [1, pytest.approx(0.2), pytest.approx(0.2)]
     assert means["duplicate"].tolist() == [0, 1, 0]

@@ -13,14 +13,14 @@ from jaxtyping import Float, Float16
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .data.batches import Batch, count_examples, describe_data, prepare, real_tokens
-from .data.losses import forward
-from .errors import HeadlabError
-from .hooks.patterns import Look, at_patterns
-from .models.access import describe, inner, rows, tokenizer
-from .models.attention_modules import Attention
-from .results import FORMAT, Result, read_tensors, write
-from .scores import Head
+from ..data.batches import Batch, count_examples, describe_data, prepare, real_tokens
+from ..data.losses import forward
+from ..errors import HeadlabError
+from ..hooks.patterns import Look, at_patterns
+from ..models.access import describe, inner, rows, tokenizer
+from ..models.attention_modules import Attention
+from ..results import FORMAT, Result, read_tensors, write
+from ..scores import Head
 
 if TYPE_CHECKING:
     import pandas as pd

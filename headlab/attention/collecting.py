@@ -1,4 +1,4 @@
-"""Running a model and measuring its patterns layer by layer, for `behaviour`."""
+"""Running a model and measuring its patterns layer by layer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data.batches import Batch, real_tokens
-from .data.losses import forward
-from .hooks.patterns import Look, at_patterns
-from .measures import LayerSums, Text, aligned, marked, right_padded, visible
-from .models.access import evaluating, inner, rows, tokenizer
-from .models.attention_modules import Attention, bare
-from .repeated import Copying, special_tokens
-from .scores import Head, Heads, Rows
+from ..data.batches import Batch, real_tokens
+from ..data.losses import forward
+from ..hooks.patterns import Look, at_patterns
+from ..models.access import evaluating, inner, rows, tokenizer
+from ..models.attention_modules import Attention, bare
+from ..scores import Head, Heads, Rows
+from .induction import Copying, special_tokens
+from .statistics import LayerSums, Text, aligned, marked, right_padded, visible
 
 DELIMITERS = frozenset(".,;:!?\n")
 
