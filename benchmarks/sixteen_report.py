@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from headlab import plots
+from headlab.attribution.ablation import ALPHA, AblationScores
 from headlab.checkpoints import Profile, step_of
 from headlab.curves import Curve
 from headlab.domains import Correlation
-from headlab.exact import ALPHA, AblationScores
 from headlab.plots.studies import correlation, profile
 from headlab.results import Result, write
 from headlab.speed import Timing

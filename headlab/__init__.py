@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .attention.prompts import attention_patterns
     from .attention.roles import patterns, roles
     from .attention.similarity import similarity
+    from .attribution.ablation import AblationScores, ablation
+    from .attribution.gradients import importance
     from .checkpoints import profile
     from .circuits.composition import composition_scores, map_composition
     from .circuits.matrices import composed_circuit, ov, qk
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from .dcmha.maps import CompositionMaps, composition_maps
     from .domains import correlate, stack_curves
     from .errors import HeadlabError
-    from .exact import AblationScores, ablation
     from .hooks.capture import capture
     from .hooks.fills import Fill, fill
     from .hooks.masking import masked
@@ -37,12 +38,13 @@ if TYPE_CHECKING:
     from .scores import Head, HeadMask, HeadScores
     from .speed import Timing, timing
     from .surgery import kept, prune, save_pruned
-    from .taylor import importance
 
 _HOME = {  # no module may have the name of something public: importing it would hide the other
     "attention.prompts": ("attention_patterns",),
     "attention.roles": ("patterns", "roles"),
     "attention.similarity": ("similarity",),
+    "attribution.ablation": ("AblationScores", "ablation"),
+    "attribution.gradients": ("importance",),
     "checkpoints": ("profile",),
     "circuits.composition": ("composition_scores", "map_composition"),
     "circuits.matrices": ("composed_circuit", "ov", "qk"),
@@ -54,7 +56,6 @@ _HOME = {  # no module may have the name of something public: importing it would
     "dcmha.maps": ("CompositionMaps", "composition_maps"),
     "domains": ("correlate", "stack_curves"),
     "errors": ("HeadlabError",),
-    "exact": ("AblationScores", "ablation"),
     "hooks.capture": ("capture",),
     "hooks.fills": ("Fill", "fill"),
     "hooks.masking": ("masked",),
@@ -66,7 +67,6 @@ _HOME = {  # no module may have the name of something public: importing it would
     "scores": ("Head", "HeadMask", "HeadScores"),
     "speed": ("Timing", "timing"),
     "surgery": ("kept", "prune", "save_pruned"),
-    "taylor": ("importance",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -15,16 +15,16 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
+from .attribution.ablation import AblationScores, ablation
+from .attribution.gradients import Normalize, importance
 from .curves import TENTHS, Curve, pruning_curve
 from .data.batches import Batches, describe_data, prepare
 from .data.losses import Loss, Metric, loss_name
 from .errors import HeadlabError
-from .exact import AblationScores, ablation
 from .loading import load
 from .models.access import describe
 from .results import Result, RowLog
 from .scores import HeadScores
-from .taylor import Normalize, importance
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -88,7 +88,7 @@ def score(
 ) -> None:
     """Score every head by one forward and one backward pass (or by a baseline)."""
     from . import plots
-    from .taylor import importance
+    from .attribution.gradients import importance
 
     loaded = folder.open_model(model, dtype, device)
     data = None
@@ -128,7 +128,7 @@ def ablate(
 ) -> None:
     """The exact change of the loss with each head removed. Goes on where it stopped."""
     from . import plots
-    from .exact import ablation
+    from .attribution.ablation import ablation
 
     loaded = folder.open_model(model, dtype, device)
     data = folder.batches(loaded, text, examples, length, batch_size, seed)
@@ -177,9 +177,9 @@ def curve(
 ) -> None:
     """The loss against the share of heads removed. Goes on where it stopped."""
     from . import plots
+    from .attribution.gradients import importance
     from .curves import Curve, pruning_curve
     from .domains import stack_curves
-    from .taylor import importance
 
     if by_stack and site != "output":
         raise HeadlabError(f"--by-stack is for the output of heads, not for --site {site}")

@@ -105,7 +105,7 @@ def named(name: str, site: str) -> str:
 
 def ordered(model: nn.Module, order: Order, site: str, seed: int, out: Path) -> HeadScores:
     """The scores that say what goes first."""
-    from .taylor import importance
+    from .attribution.gradients import importance
 
     if order in (Order.random, Order.magnitude):
         return importance(model, method=order.value, seed=seed, site=site)  # type: ignore[arg-type]

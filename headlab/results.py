@@ -22,7 +22,7 @@ from .errors import HeadlabError
 FORMAT = 1
 _kinds: dict[str, type[Result]] = {}
 _HOMES = {  # to load them
-    "ablation": "exact",
+    "ablation": "attribution.ablation",
     "circuits": "circuits.summary",
     "composition": "circuits.composition",
     "correlation": "domains",

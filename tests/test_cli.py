@@ -187,7 +187,7 @@ def test_ctrl_c_says_how_to_go_on(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("headlab.exact.ablation", stop)
+    monkeypatch.setattr("headlab.attribution.ablation.ablation", stop)
     status, _, err = run("ablate", model, "-t", text, "-o", tmp_path / "results", *SMALL)
     assert status == 130
     assert err == "headlab: stopped; run the same command again to go on\n"
@@ -224,7 +224,7 @@ def test_what_nobody_expected_is_one_line_too(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the sky\nfell")
 
-    monkeypatch.setattr("headlab.exact.ablation", fail)
+    monkeypatch.setattr("headlab.attribution.ablation.ablation", fail)
     status, _, said = run("ablate", model, "-t", text, "-o", tmp_path / "results", *SMALL)
     assert status == 1
     assert said == "headlab: unexpected RuntimeError: the sky fell (HEADLAB_DEBUG=1 shows where)\n"

@@ -10,10 +10,10 @@ import torch
 
 from headlab.attention.prompts import Pattern
 from headlab.attention.similarity import Similarity
+from headlab.attribution.ablation import AblationScores
 from headlab.circuits.composition import CompositionScores
 from headlab.curves import Curve
 from headlab.domains import correlate
-from headlab.exact import AblationScores
 from headlab.scores import Head, HeadScores
 from headlab.speed import Timing
 

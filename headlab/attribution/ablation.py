@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data.batches import Batch, Batches, count_examples, describe_data, prepare
-from .data.losses import Loss, check_losses, loss_name, own_loss
-from .errors import HeadlabError
-from .hooks.fills import Fill, StandIn, check_fill
-from .hooks.masking import masked
-from .hooks.sites import Pass, at_sites, first_broken, replaying
-from .models.access import describe, evaluating, head_rows, inner, rows
-from .models.attention_modules import Attention, child
-from .results import RowLog
-from .scores import HeadScores
+from ..data.batches import Batch, Batches, count_examples, describe_data, prepare
+from ..data.losses import Loss, check_losses, loss_name, own_loss
+from ..errors import HeadlabError
+from ..hooks.fills import Fill, StandIn, check_fill
+from ..hooks.masking import masked
+from ..hooks.sites import Pass, at_sites, first_broken, replaying
+from ..models.access import describe, evaluating, head_rows, inner, rows
+from ..models.attention_modules import Attention, child
+from ..results import RowLog
+from ..scores import HeadScores
 
 ALPHA = 0.01  # the significance level of Michel et al. 2019, tables 1 to 3
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data.batches import Batch, Batches, count_examples, describe_data, prepare, real_tokens
-from .data.losses import Loss, check_losses, loss_name, own_loss
-from .errors import HeadlabError
-from .hooks.fills import Fill, StandIn, check_fill
-from .hooks.sites import Pass, at_sites, first_broken
-from .models.access import describe, evaluating, head_rows, is_folded, rows
-from .models.attention_modules import Attention, weight_blocks
-from .scores import HeadScores
+from ..data.batches import Batch, Batches, count_examples, describe_data, prepare, real_tokens
+from ..data.losses import Loss, check_losses, loss_name, own_loss
+from ..errors import HeadlabError
+from ..hooks.fills import Fill, StandIn, check_fill
+from ..hooks.sites import Pass, at_sites, first_broken
+from ..models.access import describe, evaluating, head_rows, is_folded, rows
+from ..models.attention_modules import Attention, weight_blocks
+from ..scores import HeadScores
 
 Reduction = Literal["token", "example", "batch", "signed"]
 Denominator = Literal["examples", "tokens", "published"]

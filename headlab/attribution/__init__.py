@@ -1,0 +1,1 @@
+"""How much a head matters: by gradients, or by removing it."""
