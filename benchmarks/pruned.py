@@ -12,7 +12,7 @@ import argparse
 import torch
 
 import headlab as hl
-from headlab.speed import shapes
+from headlab.pruning.timing import shapes
 
 from .cost import load
 

@@ -24,12 +24,12 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import headlab as hl
 from headlab.checkpoints import checkpoint_folders, profile
-from headlab.curves import TENTHS
 from headlab.data.batches import Batch
 from headlab.data.losses import Loss, Metric
 from headlab.errors import HeadlabError
+from headlab.pruning.curves import TENTHS
+from headlab.pruning.timing import shapes
 from headlab.results import Result, read_json, write
-from headlab.speed import shapes
 
 from .language import DOMAINS
 from .sequence import LONGEST, accuracy, add_sizes, bleu, cut, examples, given_size, train, wrong

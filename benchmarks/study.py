@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import headlab as hl
 from headlab import plots
 from headlab.data.losses import Loss, Metric
-from headlab.speed import shapes
+from headlab.pruning.timing import shapes
 
 from . import real
 

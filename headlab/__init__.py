@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .circuits.matrices import composed_circuit, ov, qk
     from .circuits.summary import circuit_table
     from .circuits.tokens import directions, score_parts, top_pairs
-    from .curves import Curve, pruning_curve
     from .data.losses import own_loss
     from .data.texts import read_batches, text_batches
     from .dcmha.maps import CompositionMaps, composition_maps
@@ -34,10 +33,11 @@ if TYPE_CHECKING:
     from .models.access import heads
     from .models.families import Family, register
     from .page.build import report
+    from .pruning.curves import Curve, pruning_curve
+    from .pruning.surgery import kept, prune, save_pruned
+    from .pruning.timing import Timing, timing
     from .results import Result
     from .scores import Head, HeadMask, HeadScores
-    from .speed import Timing, timing
-    from .surgery import kept, prune, save_pruned
 
 _HOME = {  # no module may have the name of something public: importing it would hide the other
     "attention.prompts": ("attention_patterns",),
@@ -50,7 +50,6 @@ _HOME = {  # no module may have the name of something public: importing it would
     "circuits.matrices": ("composed_circuit", "ov", "qk"),
     "circuits.summary": ("circuit_table",),
     "circuits.tokens": ("directions", "score_parts", "top_pairs"),
-    "curves": ("Curve", "pruning_curve"),
     "data.losses": ("own_loss",),
     "data.texts": ("read_batches", "text_batches"),
     "dcmha.maps": ("CompositionMaps", "composition_maps"),
@@ -63,10 +62,11 @@ _HOME = {  # no module may have the name of something public: importing it would
     "models.access": ("heads",),
     "models.families": ("Family", "register"),
     "page.build": ("report",),
+    "pruning.curves": ("Curve", "pruning_curve"),
+    "pruning.surgery": ("kept", "prune", "save_pruned"),
+    "pruning.timing": ("Timing", "timing"),
     "results": ("Result",),
     "scores": ("Head", "HeadMask", "HeadScores"),
-    "speed": ("Timing", "timing"),
-    "surgery": ("kept", "prune", "save_pruned"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

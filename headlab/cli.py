@@ -178,8 +178,8 @@ def curve(
     """The loss against the share of heads removed. Goes on where it stopped."""
     from . import plots
     from .attribution.gradients import importance
-    from .curves import Curve, pruning_curve
     from .domains import stack_curves
+    from .pruning.curves import Curve, pruning_curve
 
     if by_stack and site != "output":
         raise HeadlabError(f"--by-stack is for the output of heads, not for --site {site}")
@@ -233,8 +233,8 @@ def prune(
     from .hooks.fills import Fill
     from .hooks.masking import masked
     from .models.access import inner, probe_batch, tokenizer
-    from .surgery import kept, save_pruned
-    from .surgery import prune as pruned
+    from .pruning.surgery import kept, save_pruned
+    from .pruning.surgery import prune as pruned
 
     loaded = folder.open_model(model, dtype, device)
     scores = folder.ordered(loaded, order, site, seed, out)
@@ -272,8 +272,8 @@ def time(
     """Parameters, bytes on disk and latency of the dense, masked and pruned model."""
     from . import plots
     from .models.access import heads
+    from .pruning.timing import shapes, timing
     from .scores import HeadMask
-    from .speed import shapes, timing
 
     grid = _sizes(sizes)
     if (out / "timing.json").exists():

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from torch import nn
 
-from .curves import TENTHS, Curve, pruning_curve
 from .data.batches import Batches
 from .data.losses import Loss, Metric
 from .errors import HeadlabError
 from .hooks.fills import Fill
 from .models.access import head_rows
+from .pruning.curves import TENTHS, Curve, pruning_curve
 from .results import Result
 from .scores import Head, Heads, HeadScores, Rows, Unit
 

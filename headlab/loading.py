@@ -18,14 +18,18 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from . import pruned
-from .dcmha.attachment import ComposedModel
+from .dcmha.attachment import COMPOSED, ComposedModel
 from .errors import HeadlabError
 from .models.access import evaluating, probe_batch, restored, tokenizer
+from .models.families import families
 from .models.variants import PRUNED, base_of, unwrapped
+from .pruning.narrowed import PRUNING
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+for _type in [model_type for family in families() for model_type in family.model_types]:
+    PRUNING.announce([_type, COMPOSED + _type])  # pruning and dcmha do not know of each other
 
 
 def load(
@@ -76,7 +80,7 @@ def _is_pruned(name: str) -> bool:
 def _pruned_config(name: str) -> Any:
     model_type = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))["model_type"]
     base = type(AutoConfig.for_model(model_type.removeprefix(PRUNED)))
-    pruned.config_class(base)  # type: ignore[arg-type]  # mypy takes no class for hashable
+    PRUNING.config_class(base)  # type: ignore[arg-type]  # mypy takes no class for hashable
     return AutoConfig.from_pretrained(name)
 
 

@@ -26,7 +26,7 @@ _HOMES = {  # to load them
     "circuits": "circuits.summary",
     "composition": "circuits.composition",
     "correlation": "domains",
-    "curve": "curves",
+    "curve": "pruning.curves",
     "directions": "circuits.tokens",
     "mask": "scores",
     "patterns": "attention.roles",
@@ -34,7 +34,7 @@ _HOMES = {  # to load them
     "roles": "attention.roles",
     "scores": "scores",
     "similarity": "attention.similarity",
-    "timing": "speed",
+    "timing": "pruning.timing",
 }
 _UNWRITTEN = (OSError, SafetensorError)  # what a full disk raises; safetensors has its own error for it
 

@@ -14,16 +14,16 @@ import torch
 from headlab import plots
 from headlab.attribution.ablation import ablation
 from headlab.attribution.gradients import importance
-from headlab.curves import Curve, pruning_curve
 from headlab.data.losses import own_loss
 from headlab.dcmha.maps import composition_maps
 from headlab.errors import HeadlabError
 from headlab.hooks.masking import masked
 from headlab.loading import load
+from headlab.pruning.curves import Curve, pruning_curve
+from headlab.pruning.surgery import prune, save_pruned
+from headlab.pruning.timing import timing
 from headlab.results import building, write
 from headlab.scores import HeadMask, HeadScores
-from headlab.speed import timing
-from headlab.surgery import prune, save_pruned
 
 from .benchmark import ProbeResults, described, measured
 from .probes import ProbeForSequenceClassification

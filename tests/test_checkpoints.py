@@ -16,8 +16,8 @@ from torch import nn
 import headlab as hl
 from headlab import checkpoints
 from headlab.checkpoints import Profile, checkpoint_folders, profile
-from headlab.curves import Curve
 from headlab.models.access import describe
+from headlab.pruning.curves import Curve
 from tests.helpers import words, zoo
 
 TENTHS = (0.3, 0.6, 1.0)

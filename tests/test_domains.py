@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headlab as hl
-from headlab.curves import pruning_curve
 from headlab.domains import Correlation, correlate, only, stack_curves
+from headlab.pruning.curves import pruning_curve
 from tests.helpers import zoo
 
 EVERY = ["gpt2", *zoo.MHA_GQA_MQA, "dcformer-mha", "bert-classifier", "t5"]

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from headlab.curves import Curve
 from headlab.errors import HeadlabError
 from headlab.page import build, kinds
 from headlab.page.build import _safe_json, quantised, report
 from headlab.page.gather import gather
 from headlab.page.kinds import KINDS
+from headlab.pruning.curves import Curve
 from headlab.results import _HOMES
 from headlab.scores import HeadScores
 from tests.helpers import made_up

@@ -5,7 +5,7 @@ import pytest
 
 import headlab as hl
 from headlab import plots
-from headlab.speed import shapes
+from headlab.pruning.timing import shapes
 from tests.helpers import zoo
 
 

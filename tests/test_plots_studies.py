@@ -5,9 +5,9 @@ import pytest
 
 import headlab as hl
 from headlab.checkpoints import Profile, profile
-from headlab.curves import Curve
 from headlab.domains import correlate
 from headlab.plots import studies
+from headlab.pruning.curves import Curve
 from tests.helpers import zoo
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import plotly.graph_objects as go
 
-from ..curves import Curve
+from ..pruning.curves import Curve
+from ..pruning.timing import Timing
 from ..scores import HeadRows, HeadScores
-from ..speed import Timing
 from .common import PALETTE, head_points, row_names, shown
 
 

@@ -18,7 +18,7 @@ from headlab import HeadlabError
 from headlab.dcmha.attachment import COMPOSING
 from headlab.models import variants
 from headlab.models.variants import Variant, base_of, become, unwrapped
-from headlab.pruned import PRUNING
+from headlab.pruning.narrowed import PRUNING
 from tests.helpers import zoo
 
 

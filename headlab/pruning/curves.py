@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .data.batches import Batch, Batches, describe_data, prepare
-from .data.losses import Loss, Metric, check_losses, loss_name, own_loss
-from .errors import HeadlabError
-from .hooks.fills import Fill, check_fill
-from .hooks.masking import masked
-from .models.access import describe, evaluating, fingerprint, head_rows, heads
-from .results import Result, RowLog
-from .scores import Head, HeadMask, HeadScores, Unit
+from ..data.batches import Batch, Batches, describe_data, prepare
+from ..data.losses import Loss, Metric, check_losses, loss_name, own_loss
+from ..errors import HeadlabError
+from ..hooks.fills import Fill, check_fill
+from ..hooks.masking import masked
+from ..models.access import describe, evaluating, fingerprint, head_rows, heads
+from ..results import Result, RowLog
+from ..scores import Head, HeadMask, HeadScores, Unit
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import headlab as hl
-from headlab import pruned
 from headlab.models.access import head_rows
 from headlab.models.families import families
+from headlab.pruning import narrowed
 from tests.helpers import zoo
 from tests.helpers.surgical import GENERATES, MORE, build, generated, in_steps, near, outputs, prompt, without_rows
 
@@ -304,4 +304,4 @@ def test_a_pruned_config_must_fit_its_model() -> None:
     with pytest.raises(hl.HeadlabError, match="describes 2 attention modules, but the model has 3"):
         type(small)(small.config)
     with pytest.raises(hl.HeadlabError, match=r"hl\.prune makes it"):
-        type(small)(pruned.config_class(hf.LlamaConfig)(**zoo._LLAMA))
+        type(small)(narrowed.PRUNING.config_class(hf.LlamaConfig)(**zoo._LLAMA))

@@ -1,8 +1,9 @@
 """Pruned models as ordinary Hugging Face models: they build their smaller modules before any weight is loaded.
 
-Importing this module (or `headlab.surgery`) registers a pruned counterpart of every described model type with
-`AutoConfig` and `AutoModel*`, so that `from_pretrained` opens what `save_pretrained` wrote. The counterpart's config
-has one more field, `headlab`: the heads left in every attention module, and which output projections have a bias.
+Importing this module registers a pruned counterpart of every described model type with `AutoConfig` and `AutoModel*`, so
+that `from_pretrained` opens what `save_pretrained` wrote; `headlab.loading` adds those of models with composed heads. The
+counterpart's config has one more field, `headlab`: the heads left in every attention module, and which output projections
+have a bias.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.pytorch_utils import Conv1D
 
-from .dcmha.attachment import COMPOSED
-from .errors import HeadlabError
-from .models.attention_modules import Attention, Groups, attentions, transposed, weight_blocks
-from .models.families import Family, families
-from .models.variants import PRUNED, Variant
+from ..errors import HeadlabError
+from ..models.attention_modules import Attention, Groups, attentions, transposed, weight_blocks
+from ..models.families import Family, families
+from ..models.variants import PRUNED, Variant
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,4 @@ def _build(model: Any) -> None:
 
 
 PRUNING = Variant("Pruned", PRUNED, "headlab", _build, about="without some of its heads", home=__name__)
-config_class, model_class = PRUNING.config_class, PRUNING.model_class
-_types = [model_type for family in families() for model_type in family.model_types]
-PRUNING.announce([*_types, *(COMPOSED + model_type for model_type in _types)])
+PRUNING.announce(model_type for family in families() for model_type in family.model_types)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data.batches import Batches, prepare
-from .data.losses import forward
-from .errors import HeadlabError
-from .hooks.masking import masked
-from .models.access import describe, evaluating, inner, is_bridge, probe_batch, rows
-from .results import Result
-from .scores import HeadMask
+from ..data.batches import Batches, prepare
+from ..data.losses import forward
+from ..errors import HeadlabError
+from ..hooks.masking import masked
+from ..models.access import describe, evaluating, inner, is_bridge, probe_batch, rows
+from ..results import Result
+from ..scores import HeadMask
 
 if TYPE_CHECKING:
     import pandas as pd

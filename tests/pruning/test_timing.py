@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import headlab as hl
-from headlab.speed import shapes
+from headlab.pruning.timing import shapes
 from tests.helpers import zoo
 
 

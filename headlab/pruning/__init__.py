@@ -1,0 +1,1 @@
+"""Fewer heads: pruning curves, and models that really are smaller."""
