@@ -23,13 +23,13 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import headlab as hl
-from headlab.checkpoints import checkpoint_folders, profile
 from headlab.data.batches import Batch
 from headlab.data.losses import Loss, Metric
 from headlab.errors import HeadlabError
 from headlab.pruning.curves import TENTHS
 from headlab.pruning.timing import shapes
 from headlab.results import Result, read_json, write
+from headlab.studies.checkpoints import checkpoint_folders, profile
 
 from .language import DOMAINS
 from .sequence import LONGEST, accuracy, add_sizes, bleu, cut, examples, given_size, train, wrong

@@ -8,12 +8,12 @@ from typing import Any
 
 from headlab import plots
 from headlab.attribution.ablation import ALPHA, AblationScores
-from headlab.checkpoints import Profile, step_of
-from headlab.domains import Correlation
 from headlab.plots.studies import correlation, profile
 from headlab.pruning.curves import Curve
 from headlab.pruning.timing import Timing
 from headlab.results import Result, write
+from headlab.studies.checkpoints import Profile, step_of
+from headlab.studies.correlation import Correlation
 
 from .dcmha_report import picture, table
 from .sequence import SIZES

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .attention.similarity import similarity
     from .attribution.ablation import AblationScores, ablation
     from .attribution.gradients import importance
-    from .checkpoints import profile
     from .circuits.composition import composition_scores, map_composition
     from .circuits.matrices import composed_circuit, ov, qk
     from .circuits.summary import circuit_table
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from .data.losses import own_loss
     from .data.texts import read_batches, text_batches
     from .dcmha.maps import CompositionMaps, composition_maps
-    from .domains import correlate, stack_curves
     from .errors import HeadlabError
     from .hooks.capture import capture
     from .hooks.fills import Fill, fill
@@ -38,6 +36,9 @@ if TYPE_CHECKING:
     from .pruning.timing import Timing, timing
     from .results import Result
     from .scores import Head, HeadMask, HeadScores
+    from .studies.checkpoints import profile
+    from .studies.correlation import correlate
+    from .studies.stacks import stack_curves
 
 _HOME = {  # no module may have the name of something public: importing it would hide the other
     "attention.prompts": ("attention_patterns",),
@@ -45,7 +46,6 @@ _HOME = {  # no module may have the name of something public: importing it would
     "attention.similarity": ("similarity",),
     "attribution.ablation": ("AblationScores", "ablation"),
     "attribution.gradients": ("importance",),
-    "checkpoints": ("profile",),
     "circuits.composition": ("composition_scores", "map_composition"),
     "circuits.matrices": ("composed_circuit", "ov", "qk"),
     "circuits.summary": ("circuit_table",),
@@ -53,7 +53,6 @@ _HOME = {  # no module may have the name of something public: importing it would
     "data.losses": ("own_loss",),
     "data.texts": ("read_batches", "text_batches"),
     "dcmha.maps": ("CompositionMaps", "composition_maps"),
-    "domains": ("correlate", "stack_curves"),
     "errors": ("HeadlabError",),
     "hooks.capture": ("capture",),
     "hooks.fills": ("Fill", "fill"),
@@ -67,6 +66,9 @@ _HOME = {  # no module may have the name of something public: importing it would
     "pruning.timing": ("Timing", "timing"),
     "results": ("Result",),
     "scores": ("Head", "HeadMask", "HeadScores"),
+    "studies.checkpoints": ("profile",),
+    "studies.correlation": ("correlate",),
+    "studies.stacks": ("stack_curves",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

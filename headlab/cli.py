@@ -178,8 +178,8 @@ def curve(
     """The loss against the share of heads removed. Goes on where it stopped."""
     from . import plots
     from .attribution.gradients import importance
-    from .domains import stack_curves
     from .pruning.curves import Curve, pruning_curve
+    from .studies.stacks import stack_curves
 
     if by_stack and site != "output":
         raise HeadlabError(f"--by-stack is for the output of heads, not for --site {site}")

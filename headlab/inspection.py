@@ -165,8 +165,8 @@ def correlate(
 ) -> None:
     """How well the scores of heads on one set of data agree with those on another (two files of score or ablate)."""
     from . import plots
-    from .domains import correlate as correlation
     from .scores import HeadScores
+    from .studies.correlation import correlate as correlation
 
     called = [name.strip() for name in names.split(",")]
     if len(called) != 2 or not all(called):
@@ -203,8 +203,8 @@ def profile(
 ) -> None:
     """When heads become redundant: scores and a pruning curve for every checkpoint of a training run. Can be resumed."""
     from . import plots
-    from .checkpoints import checkpoint_folders
-    from .checkpoints import profile as over_training
+    from .studies.checkpoints import checkpoint_folders
+    from .studies.checkpoints import profile as over_training
 
     found = checkpoint_folders(checkpoints)
     first = folder.open_model(str(found[0]), Dtype.auto, device)

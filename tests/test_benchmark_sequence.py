@@ -20,7 +20,7 @@ import headlab as hl
 from benchmarks import sequence, sixteen, sixteen_report
 from benchmarks.language import DOMAINS, LABELS, Clause, Language, NounPhrase, Sentence
 from benchmarks.sequence import Size, accuracy, bleu, corpus_bleu, cut, examples, train, wrong
-from headlab.checkpoints import checkpoint_folders
+from headlab.studies.checkpoints import checkpoint_folders
 
 TINY = Size(d_model=24, d_ff=47, layers=2, heads=3, batch=31, lr=5e-3, pool=200, masked=2, texts=100)
 SMALL = {"vocab_size": 53, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 47}

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 import headlab as hl
-from headlab.domains import stack_curves
+from headlab.studies.stacks import stack_curves
 from tests.conftest import Failing, Run
 from tests.helpers import zoo
 from tests.helpers.words import WORDS, save_with_tokenizer

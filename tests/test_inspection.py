@@ -13,10 +13,10 @@ from torch import nn
 import headlab as hl
 from headlab.attention.prompts import Pattern
 from headlab.attention.roles import Roles
-from headlab.checkpoints import Profile
 from headlab.circuits.composition import CompositionScores
 from headlab.circuits.summary import CircuitTable, circuit_table
-from headlab.domains import Correlation
+from headlab.studies.checkpoints import Profile
+from headlab.studies.correlation import Correlation
 from tests.conftest import Failing, Run
 from tests.helpers import zoo
 from tests.helpers.words import WORDS, save_with_tokenizer
@@ -421,7 +421,7 @@ def test_profile(
     (out / "profile.log.jsonl").write_bytes(log[: log.rfind(b"\n", 0, -1) + 40])  # killed in the middle of the last one
     assert run(*command)[:2] == (0, said)
     assert contents(out) == before
-    stop(monkeypatch, "checkpoints.importance", "checkpoints.ablation", "checkpoints.pruning_curve")
+    stop(monkeypatch, "studies.checkpoints.importance", "studies.checkpoints.ablation", "studies.checkpoints.pruning_curve")
     assert run(*command)[:2] == (0, said)
     assert contents(out) == before
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import headlab as hl
-from headlab.checkpoints import Profile, profile
-from headlab.domains import correlate
 from headlab.plots import studies
 from headlab.pruning.curves import Curve
+from headlab.studies.checkpoints import Profile, profile
+from headlab.studies.correlation import correlate
 from tests.helpers import zoo
 
 

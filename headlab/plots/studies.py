@@ -6,8 +6,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from ..checkpoints import Profile, step_of
-from ..domains import Correlation
+from ..studies.checkpoints import Profile, step_of
+from ..studies.correlation import Correlation
 from .common import CHANCE, PALETTE, head_points, shown
 
 

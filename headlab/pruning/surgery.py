@@ -1,7 +1,7 @@
 """Physical pruning: a mask becomes a model whose projections really are smaller, and which computes what the masked one did.
 
-Importing this module also tells transformers of pruned models: afterwards `AutoModel*.from_pretrained` opens them. Those with
-composed heads it opens after `import headlab.surgery`.
+Importing this module also tells transformers of pruned models: `AutoModel*.from_pretrained` opens them afterwards. Those
+with composed heads it opens after `import headlab.surgery`.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ from headlab.attention.prompts import Pattern
 from headlab.attention.similarity import Similarity
 from headlab.attribution.ablation import AblationScores
 from headlab.circuits.composition import CompositionScores
-from headlab.domains import correlate
 from headlab.pruning.curves import Curve
 from headlab.pruning.timing import Timing
 from headlab.scores import Head, HeadScores
+from headlab.studies.correlation import correlate
 
 EVIL = "</script><script>window.harm = 1</script><img src=x onerror='window.harm = 2'>&amp;\u2028"
 EVIL_FILE = "<a href=x>%{x}<b>$y$&amp;"  # the same, as it can stand in the name of a file

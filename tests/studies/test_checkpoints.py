@@ -14,10 +14,10 @@ import pytest
 from torch import nn
 
 import headlab as hl
-from headlab import checkpoints
-from headlab.checkpoints import Profile, checkpoint_folders, profile
 from headlab.models.access import describe
 from headlab.pruning.curves import Curve
+from headlab.studies import checkpoints
+from headlab.studies.checkpoints import Profile, checkpoint_folders, profile
 from tests.helpers import words, zoo
 
 TENTHS = (0.3, 0.6, 1.0)

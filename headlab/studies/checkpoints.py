@@ -15,16 +15,16 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
-from .attribution.ablation import AblationScores, ablation
-from .attribution.gradients import Normalize, importance
-from .data.batches import Batches, describe_data, prepare
-from .data.losses import Loss, Metric, loss_name
-from .errors import HeadlabError
-from .loading import load
-from .models.access import describe
-from .pruning.curves import TENTHS, Curve, pruning_curve
-from .results import Result, RowLog
-from .scores import HeadScores
+from ..attribution.ablation import AblationScores, ablation
+from ..attribution.gradients import Normalize, importance
+from ..data.batches import Batches, describe_data, prepare
+from ..data.losses import Loss, Metric, loss_name
+from ..errors import HeadlabError
+from ..loading import load
+from ..models.access import describe
+from ..pruning.curves import TENTHS, Curve, pruning_curve
+from ..results import Result, RowLog
+from ..scores import HeadScores
 
 if TYPE_CHECKING:
     import pandas as pd

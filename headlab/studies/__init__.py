@@ -1,0 +1,1 @@
+"""The papers' comparisons: across data, stacks and training time (Michel, Levy & Neubig 2019)."""
