@@ -8,14 +8,14 @@ try:
 except ImportError as error:
     raise HeadlabError("figures are drawn by plotly, which is not installed: pip install plotly") from error
 
-from .answers import tasks
-from .behaviour import roles, similarity, similarity_matrix
+from .attention import roles, similarity, similarity_matrix
 from .circuits import content, spectra, tokens_of
 from .common import save_html, shown
-from .composing import composition_graph, composition_matrix
-from .composition import map_branches, map_grid, maps
-from .crossing import PROBES, feature_map, probe_kinds, probes
-from .patterns import pattern
+from .composition import composition_graph, composition_matrix
+from .dcmha import map_branches, map_grid, maps
+from .evaluation import tasks
+from .probing import PROBES, feature_map, probe_kinds, probes
+from .prompts import pattern
 from .pruning import against, curves, heads, timing
 from .studies import correlation, profile
 

@@ -1,190 +1,153 @@
-"""Composition maps of DCMHA: what passes from head to head."""
+"""Composition between heads: every pair as a matrix, the strongest ones as a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
+from ..circuits.composition import KINDS, CompositionScores, MapReader, Pair, Reader
 from ..errors import HeadlabError
+from .common import PALETTE
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..dcmha.maps import CompositionMaps
-
-STAGES = {"pre": "scores (pre)", "post": "probabilities (post)"}
-PARTS = {
-    "identity": ("identity left out", "#7f7f7f"),
-    "base": ("base", "#8c564b"),
-    "query": ("query, low rank", "#1f77b4"),
-    "query_gate": ("query gate", "#17becf"),
-    "key": ("key, low rank", "#d62728"),
-    "key_gate": ("key gate", "#ff7f0e"),
-}
+TICKS = 16  # names along an axis before only some of them are written
 
 
-def maps(maps: CompositionMaps, layer: int | None = None) -> go.Figure:
-    """Composition maps. Without a layer: how far every layer is from the identity, and by which branches; with one: its
-    mean maps less the identity, from head (rows) to head (columns)."""
-    return _distances(maps) if layer is None else _mean_maps(maps, layer)
+def composition_matrix(scores: CompositionScores, title: str | None = None) -> go.Figure:
+    """The score of every earlier head (rows) with every later reader (columns), layer by layer."""
+    sources, readers = list(map(str, scores.sources)), list(map(str, scores.readers))
+    values = scores.values.numpy()
+    heatmap = go.Heatmap(
+        z=values,
+        x=readers,
+        y=sources,
+        customdata=values / scores.baseline,
+        hovertemplate="<b>%{y} -> %{x}</b><br>score %{z:.3g}<br>%{customdata:.2f} x random<extra></extra>",
+        hoverongaps=False,
+        colorscale="Viridis",
+        zmin=0,
+        zmax=float(np.nanmax(values, initial=0)) or 1.0,
+        colorbar_title=f"score<br>(random<br>{scores.baseline:.3g})",
+    )
+    figure = go.Figure(heatmap)
+    line = {"color": "#d0d0d0", "width": 0.6}
+    for axis, ends in (("y", scores.sources), ("x", scores.readers)):
+        layers = [end.layer for end in ends]
+        firsts = [i for i, layer in enumerate(layers) if i == 0 or layers[i - 1] != layer]
+        for first in firsts[1:]:
+            across = {"x0": 0, "x1": 1, "xref": "x domain"} if axis == "y" else {"y0": 0, "y1": 1, "yref": "y domain"}
+            figure.add_shape(type="line", line=line, **across, **{f"{axis}0": first - 0.5, f"{axis}1": first - 0.5})
+        middles = [(a + b - 1) // 2 for a, b in zip(firsts, [*firsts[1:], len(ends)], strict=True)]
+        shown: list[int] = []
+        for middle in middles:  # layers of a pruned model may have few heads
+            if not shown or middle - shown[-1] >= len(ends) / TICKS:
+                shown.append(middle)
+        figure.update_layout(
+            {f"{axis}axis": {"tickvals": [str(ends[i]) for i in shown], "ticktext": [f"L{layers[i]}" for i in shown]}}
+        )
+    what = "layers" if scores.what == "M" else "heads"
+    figure.update_layout(
+        title=(title or f"{scores.what}-composition: what {KINDS[scores.what]} of later {what} read of earlier heads")
+        + _holes(scores)
+    )
+    figure.update_xaxes(title="reads (later layer)", type="category", constrain="domain", showgrid=False)
+    figure.update_yaxes(title="writes (earlier layer)", type="category", autorange="reversed", showgrid=False)
+    if scores.what != "M":
+        figure.update_yaxes(scaleanchor="x", constrain="domain")
+    figure.update_layout(height=700)
+    return figure
 
 
-def _distances(maps: CompositionMaps) -> go.Figure:
-    """Stacked by each branch's share of |C - I|^2; a branch that others undo hangs below zero."""
-    frame = maps.to_frame()
-    figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=list(STAGES.values()), horizontal_spacing=0.03)
-    for column, stage in enumerate(STAGES, 1):
-        lines = frame[frame["stage"] == stage]
-        for part, (name, colour) in PARTS.items():
-            if not frame[part].any():
-                continue
-            told = [f"<b>L{layer}</b> {name}: {100 * x:.3g} %" for layer, x in zip(lines["layer"], lines[part], strict=True)]
-            figure.add_bar(
-                x=lines["layer"],
-                y=lines["distance"] * lines[part],
-                name=name,
-                legendgroup=part,
-                showlegend=column == 1,
-                marker_color=colour,
-                text=told,
-                textposition="none",
+def _holes(scores: CompositionScores) -> str:
+    later = np.array([[a.layer < b.layer for b in scores.readers] for a in scores.sources])
+    count = int(np.isnan(scores.values.numpy()[later]).sum())
+    return f"<br><sup>{count} of {later.sum()} pairs have no score (a matrix is zero or not finite)</sup>" if count else ""
+
+
+def composition_graph(scores: CompositionScores, above: float = 2.0, k: int = 50, title: str | None = None) -> go.Figure:
+    """Heads as nodes, layers as columns; edges are the k strongest pairs that score more than `above` times random.
+
+    Raises:
+        HeadlabError: k is no positive number.
+    """
+    if k < 1:
+        raise HeadlabError(f"k is the number of edges to draw at most, 1 or more, not {k}")
+    pairs = [pair for pair in scores.top(k) if pair.ratio > above]
+    n_heads = max(head.index for head in scores.sources) + 1
+    places = list(dict.fromkeys(end.place for end in scores.readers if isinstance(end, MapReader)))
+
+    def at(end: Reader) -> tuple[float, float]:
+        return end.layer, n_heads + 0.5 + places.index(end.place) if isinstance(end, MapReader) else end.index
+
+    figure = go.Figure()
+    for pair in reversed(pairs):  # the strongest on top
+        _edge(figure, pair, at(pair.source), at(pair.reader), pairs[0].score)
+    every: dict[Reader, None] = dict.fromkeys([*scores.sources, *scores.readers])
+    for is_map in (False, True):
+        ends = [end for end in every if isinstance(end, MapReader) == is_map]
+        if ends:
+            figure.add_scatter(
+                x=[at(end)[0] for end in ends],
+                y=[at(end)[1] for end in ends],
+                text=[_partners(end, pairs) for end in ends],
+                mode="markers",
+                marker={
+                    "size": 9,
+                    "symbol": "square" if is_map else "circle",
+                    "color": [PALETTE[0] if _touched(end, pairs) else "#d9d9d9" for end in ends],
+                    "line": {"width": 1, "color": "white"},
+                },
                 hovertemplate="%{text}<extra></extra>",
-                row=1,
-                col=column,
+                showlegend=False,
             )
-        told = [
-            f"<b>L{layer}</b> {distance:.3g}<br>{100 * explained:.3g} % explained by the query"
-            for layer, distance, explained in lines[["layer", "distance", "explained_by_query"]].itertuples(index=False)
-        ]
-        figure.add_scatter(
-            x=lines["layer"],
-            y=lines["distance"],
-            name="distance",
-            legendgroup="distance",
-            showlegend=column == 1,
-            mode="markers",
-            marker={"color": "black", "symbol": "diamond", "size": 6},
-            text=told,
-            hovertemplate="%{text}<extra></extra>",
-            row=1,
-            col=column,
-        )
-    figure.update_layout(title="Composition maps: distance from the identity, by branch", barmode="relative")
-    figure.update_xaxes(title="layer", dtick=1 if len(maps.layers) <= 16 else None)
-    figure.update_yaxes(title="distance", col=1)
+    layers = scores.layer_indices
+    step = -(-n_heads // TICKS)
+    ticks = list(range(0, n_heads, step))
+    figure.update_layout(title=(title or f"{scores.what}-composition") + f"<br><sup>{_told(pairs, above, k)}</sup>")
+    figure.update_xaxes(title="layer", tickvals=layers[:: -(-len(layers) // TICKS)], showgrid=False, zeroline=False)
+    figure.update_yaxes(
+        title="head",
+        tickvals=[*ticks, *(n_heads + 0.5 + i for i in range(len(places)))],
+        ticktext=[*map(str, ticks), *places],
+        range=[n_heads + len(places) + (0.1 if places else -0.4), -0.6],
+        zeroline=False,
+        showgrid=False,
+    )
     return figure
 
 
-def _mean_maps(maps: CompositionMaps, layer: int) -> go.Figure:
-    drawn = [[(maps.mean(layer, stage), maps.heads(layer, stage)) for stage in STAGES]]
-    return _small_maps(
-        drawn, layer, f"Mean composition maps of layer {layer}, less the identity", [list(STAGES.values())], identity=True
+def _told(pairs: list[Pair], above: float, k: int) -> str:
+    if not pairs:
+        return f"no pair scores more than {above:g} x random"
+    which = f"the {k} strongest pairs" if len(pairs) == k else f"all {len(pairs)} pairs above {above:g} x random"
+    return f"{which}: {pairs[0].ratio:.1f} to {pairs[-1].ratio:.1f} x random"
+
+
+def _edge(figure: go.Figure, pair: Pair, start: tuple[float, float], end: tuple[float, float], strongest: float) -> None:
+    """A bowed line, which no node in between hides, with the pair told along it."""
+    t = np.linspace(0, 1, 13)
+    bow = 0.35 * np.sin(np.pi * t) * min(end[0] - start[0] - 0.5, 1.5)
+    x, y = start[0] + (end[0] - start[0]) * t, start[1] + (end[1] - start[1]) * t * t * (3 - 2 * t) + bow
+    share = pair.score / strongest
+    told = f"<b>{pair.source} -> {pair.reader}</b><br>score {pair.score:.3g}<br>{pair.ratio:.2f} x random"
+    figure.add_scatter(
+        x=x,
+        y=y,
+        mode="lines",
+        line={"width": 0.6 + 3 * share**2, "color": PALETTE[1]},
+        opacity=0.15 + 0.65 * share**2,
+        text=[told] * len(t),
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
     )
 
 
-def map_grid(
-    maps: CompositionMaps,
-    layer: int,
-    stage: str = "post",
-    queries: Sequence[int] | None = None,
-    keys: Sequence[int] | None = None,
-    example: int = 0,
-) -> go.Figure:
-    """Composition maps of one layer and stage at pairs of tokens, less the identity: queries down, keys to the right.
-
-    Args:
-        queries, keys: places of tokens; by default up to 4, evenly over the example. A key after its query stays empty
-            where the model is causal.
-
-    Raises:
-        HeadlabError: there is no such layer, stage or token.
-    """
-    found = next((one for one in maps.stack if one.layer == layer), None)
-    real = found.real[example].nonzero().flatten().tolist() if found is not None and example < len(found.real) else [0]
-    even = [real[i] for i in sorted({round(i * (len(real) - 1) / 3) for i in range(4)})]
-    queries, keys = (list(even if given is None else given) for given in (queries, keys))
-    if not queries or not keys:
-        raise HeadlabError("there is nothing to draw: give at least one query and one key")
-    hidden = found is not None and found.causal
-    ends = maps.heads(layer, stage)
-    drawn = [
-        [None if hidden and key > query else (maps.dense(layer, stage, query, key, example), ends) for key in keys]
-        for query in queries
-    ]
-    titles = [[f"query {query}, key {key}" if one else "" for key, one in zip(keys, row, strict=True)]
-              for query, row in zip(queries, drawn, strict=True)]  # fmt: skip
-    title = f"Composition maps of layer {layer}, {STAGES[stage]}, less the identity"
-    return _small_maps(drawn, layer, title, titles, identity=True)
+def _touched(end: Reader, pairs: list[Pair]) -> bool:
+    return any(end in (pair.source, pair.reader) for pair in pairs)
 
 
-def map_branches(maps: CompositionMaps, layer: int, stage: str = "post") -> go.Figure:
-    """The mean part that every branch adds to the composition maps of one layer and stage; branches of zeros are left out.
-
-    Raises:
-        HeadlabError: there is no such layer or stage, or every map is the identity.
-    """
-    ends = maps.heads(layer, stage)
-    parts = {part: maps.mean(layer, stage, part) for part in PARTS if part != "identity"}
-    there = {part: mean for part, mean in parts.items() if mean.any()}
-    if not there:
-        raise HeadlabError(f"no branch adds anything to the maps of layer {layer} ({stage}): they are the identity")
-    title = f"Mean of what every branch adds, layer {layer}, {STAGES[stage]}"
-    return _small_maps([[(mean, ends) for mean in there.values()]], layer, title, [[PARTS[part][0] for part in there]])
-
-
-Map = tuple["Tensor", tuple[tuple[int, ...], tuple[int, ...]]]
-"""Weights [head_from, head_to], and the heads they are of."""
-
-
-def _small_maps(
-    drawn: Sequence[Sequence[Map | None]], layer: int, title: str, titles: Sequence[Sequence[str]], identity: bool = False
-) -> go.Figure:
-    """Maps in rows and columns on one scale; less the identity, if told so."""
-    n_rows, n_columns = len(drawn), max(map(len, drawn))
-    figure = make_subplots(
-        n_rows,
-        n_columns,
-        subplot_titles=[text for row in titles for text in row],
-        horizontal_spacing=0.24 / (n_columns + 1),
-        vertical_spacing=0.3 / (n_rows + 1),
-    )
-    largest = 0.0
-    for place, one in enumerate(one for row in drawn for one in row):
-        row, column = place // n_columns + 1, place % n_columns + 1
-        axis = "" if place == 0 else str(place + 1)
-        if one is None:
-            figure.update_xaxes(visible=False, row=row, col=column)
-            figure.update_yaxes(visible=False, row=row, col=column)
-            continue
-        weights, (sources, targets) = one
-        values = weights.numpy() - (np.equal.outer(sources, targets) if identity else 0)
-        largest = max(largest, np.abs(values).max(initial=0))
-        told = [
-            [f"from L{layer}H{m} to L{layer}H{n}: {value:.2g}" for n, value in zip(targets, line, strict=True)]
-            for m, line in zip(sources, values, strict=True)
-        ]
-        heatmap = go.Heatmap(
-            z=values,
-            x=[str(n) for n in targets],
-            y=[str(m) for m in sources],
-            text=told,
-            hovertemplate="%{text}<extra></extra>",
-            coloraxis="coloraxis",
-            xgap=1,
-            ygap=1,
-        )
-        figure.add_trace(heatmap, row=row, col=column)
-        few = max(len(sources), len(targets)) * n_columns <= 32
-        square = {"scaleanchor": f"x{axis}", "constrain": "domain", "autorange": "reversed"}
-        below, left = row == n_rows, column == 1
-        sides = {"type": "category", "dtick": 1 if few else None}
-        figure.update_xaxes(title="to head" if below else None, constrain="domain", **sides, row=row, col=column)
-        figure.update_yaxes(title="from head" if left else None, **sides, **square, row=row, col=column)
-    limit = largest or 1.0
-    scale = {"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "cmid": 0, "colorbar": {"title": "weight"}}
-    figure.update_layout(title=title, coloraxis=scale, height=max(450, 150 + 230 * n_rows))
-    return figure
+def _partners(end: Reader, pairs: list[Pair]) -> str:
+    """A node's hover: its name, and the edges into it and out of it, the strongest first."""
+    lines = [f"<b>{end}</b>"]
+    lines += [f"reads {pair.source} {pair.score:.3g}" for pair in pairs if pair.reader == end][:5]
+    lines += [f"feeds {pair.reader} {pair.score:.3g}" for pair in pairs if pair.source == end][:5]
+    return "<br>".join(lines)

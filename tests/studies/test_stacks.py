@@ -13,8 +13,7 @@ import headlab as hl
 from headlab.pruning.curves import pruning_curve
 from headlab.studies.stacks import only, stack_curves
 from tests.helpers import zoo
-
-from .test_correlation import numbers
+from tests.studies.test_correlation import numbers
 
 
 def test_only_keeps_the_order_in_the_stack_and_puts_the_others_last() -> None:

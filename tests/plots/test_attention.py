@@ -9,7 +9,7 @@ import headlab as hl
 from headlab.attention.roles import Roles, roles
 from headlab.attention.similarity import Similarity, similarity
 from headlab.models.access import heads
-from headlab.plots import behaviour as plots
+from headlab.plots import attention as plots
 from tests.helpers import zoo
 
 

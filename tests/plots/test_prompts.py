@@ -10,7 +10,7 @@ import torch
 
 import headlab as hl
 from headlab.attention.prompts import Pattern, attention_patterns
-from headlab.plots.patterns import pattern
+from headlab.plots.prompts import pattern
 from headlab.scores import Head
 from tests.helpers import zoo
 

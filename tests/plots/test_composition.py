@@ -7,7 +7,7 @@ import torch
 import headlab as hl
 from headlab.circuits.composition import CompositionScores, composition_scores, map_composition
 from headlab.errors import HeadlabError
-from headlab.plots.composing import composition_graph, composition_matrix
+from headlab.plots.composition import composition_graph, composition_matrix
 from tests.helpers import surgical, zoo
 
 
