@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from .loading import bridge, load
     from .models.access import heads
     from .models.families import Family, register
-    from .page.build import report
     from .pruning.curves import Curve, pruning_curve
     from .pruning.surgery import kept, prune, save_pruned
     from .pruning.timing import Timing, timing
+    from .report_page.build import report
     from .results import Result
     from .scores import Head, HeadMask, HeadScores
     from .studies.checkpoints import profile
@@ -60,10 +60,10 @@ _HOME = {  # no module may have the name of something public: importing it would
     "loading": ("bridge", "load"),
     "models.access": ("heads",),
     "models.families": ("Family", "register"),
-    "page.build": ("report",),
     "pruning.curves": ("Curve", "pruning_curve"),
     "pruning.surgery": ("kept", "prune", "save_pruned"),
     "pruning.timing": ("Timing", "timing"),
+    "report_page.build": ("report",),
     "results": ("Result",),
     "scores": ("Head", "HeadMask", "HeadScores"),
     "studies.checkpoints": ("profile",),

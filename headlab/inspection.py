@@ -228,7 +228,7 @@ def report(
     to: Annotated[Path | None, typer.Option(help="The page; by default FOLDER/report.html.")] = None,
 ) -> None:
     """One page with everything in a folder of results, to open by double click or to send."""
-    from .page.build import written
+    from .report_page.build import written
 
     folder.quieten()
     page, found = written(results, to)

@@ -19,7 +19,7 @@ FOLDER = Path(hl.__file__).parent
 TASKS = Path(st.__file__).parent
 FILES = sorted(path for folder in (FOLDER, TASKS) for path in folder.rglob("*.py") if path.name != "__init__.py")
 INSIDE = {path.name for path in FOLDER.iterdir() if (path / "__init__.py").is_file()}
-DRAWING = ("cli", "inspection", "page.kinds", "tasks.commands", "tasks.demo")
+DRAWING = ("cli", "inspection", "report_page.sections", "tasks.commands", "tasks.demo")
 COMMANDS = ("cli", "folder", "inspection", "tasks.commands")
 HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "pandas", "scipy", "sklearn"}
 

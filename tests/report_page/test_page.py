@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from headlab.errors import HeadlabError
-from headlab.page import build, kinds
-from headlab.page.build import _safe_json, quantised, report
-from headlab.page.gather import gather
-from headlab.page.kinds import KINDS
 from headlab.pruning.curves import Curve
+from headlab.report_page import build, sections
+from headlab.report_page.build import _safe_json, quantised, report
+from headlab.report_page.gather import gather
+from headlab.report_page.sections import KINDS
 from headlab.results import _HOMES
 from headlab.scores import HeadScores
 from tests.helpers import made_up
@@ -300,7 +300,7 @@ def test_curves_of_stacks_are_told_apart(tmp_path: Path) -> None:
 
 def test_what_is_too_large_for_the_page_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up.folder(tmp_path, square(2, 3))
-    monkeypatch.setattr(kinds, "_MATRIX", 5)
+    monkeypatch.setattr(sections, "_MATRIX", 5)
     data, _ = read(report(tmp_path))
     reasons = {one["file"]: one["reason"] for one in data["problems"]}
     assert set(reasons) == {"composition-Q.json", "similarity.json"}

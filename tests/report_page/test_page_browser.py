@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from headlab.page import build
-from headlab.page.build import report
+from headlab.report_page import build
+from headlab.report_page.build import report
 from tests.helpers import made_up
 from tests.helpers.browser import Opened, browser
 

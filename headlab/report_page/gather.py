@@ -16,8 +16,8 @@ from typing import Any
 
 from ..errors import HeadlabError
 from ..results import Result, read_json
-from .kinds import part_of, together
 from .parts import Column, Draw, Item, Panel, Prompt
+from .sections import part_of, together
 
 _NAME = re.compile(r"(?:(enc|dec|cross)\.)?L([0-9]{1,4})H([0-9]{1,4})")  # a page of more rows would not open
 _STACKS = ("", "enc", "dec", "cross")
