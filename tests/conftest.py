@@ -29,14 +29,14 @@ def _same_numbers_every_time() -> None:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run the command line in this process: exit status, stdout, stderr without progress bars."""
-    from headlab import cli  # not above: shapes are checked in what is imported after this file
+    from headlab.cli import main  # not above: shapes are checked in what is imported after this file
 
     monkeypatch.setenv("TERM", "dumb")
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["headlab", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         said = capsys.readouterr()
         return int(stop.value.code or 0), said.out, said.err
 

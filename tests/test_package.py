@@ -19,8 +19,7 @@ FOLDER = Path(hl.__file__).parent
 TASKS = Path(st.__file__).parent
 FILES = sorted(path for folder in (FOLDER, TASKS) for path in folder.rglob("*.py") if path.name != "__init__.py")
 INSIDE = {path.name for path in FOLDER.iterdir() if (path / "__init__.py").is_file()}
-DRAWING = ("cli", "inspection", "report_page.sections", "tasks.commands", "tasks.demo")
-COMMANDS = ("cli", "folder", "inspection", "tasks.commands")
+DRAWING = ("cli.pruning", "cli.analysis", "cli.tasks", "cli.demo", "report_page.sections")
 HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "pandas", "scipy", "sklearn"}
 
 
@@ -90,7 +89,7 @@ def test_scores_and_masks_need_no_model() -> None:
 
 
 def test_the_command_line_starts_light() -> None:
-    assert loaded_by("import headlab.cli") == set()
+    assert loaded_by("import headlab.cli.main") == set()
 
 
 def test_transformer_lens_and_plotly_load_only_when_used() -> None:
@@ -153,7 +152,7 @@ def test_only_the_command_line_of_headlab_knows_synthetic_tasks() -> None:
         for name, now in imports(path)
         if (module := within(name)).split(".")[0] == "tasks"
     }
-    assert found == {("cli", "tasks.commands", True), ("cli", "tasks.demo", False)}
+    assert {name.split(".")[0] for name, _, _ in found} == {"cli"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -166,7 +165,7 @@ def test_what_is_imported_late(path: Path) -> None:
         assert late == {"dcmha.bridge"}  # which needs TransformerLens
     elif name_of(path) == "circuits.matrices":
         assert late == {"dcmha.maps"}  # a type
-    elif name_of(path) not in COMMANDS and path.parent.name != "plots":  # figures know results by their types
+    elif path.parent.name not in ("cli", "plots"):  # figures know results by their types
         assert late == set()
 
 
@@ -186,5 +185,5 @@ def test_nothing_is_pickled_or_unpickled(path: Path) -> None:
 def test_the_version_is_the_same_everywhere() -> None:
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == hl.__version__
-    assert project["scripts"] == {"headlab": "headlab.cli:main"}
+    assert project["scripts"] == {"headlab": "headlab.cli.main:main"}
     assert all((folder / "py.typed").is_file() for folder in (FOLDER, TASKS))

@@ -1,20 +1,15 @@
-"""The command line. Every command reads and writes one folder; a result that is there is never replaced."""
+"""The commands that score, remove and prune heads."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from synthetic_tasks.commands import tasks
-
-from . import folder
-from .errors import HeadlabError
-from .inspection import inspection
+from ..errors import HeadlabError
+from . import results_folder
 from .options import (
     BatchSize,
     Device,
@@ -38,38 +33,12 @@ from .options import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from .scores import HeadScores
+    from ..scores import HeadScores
 
-app = typer.Typer(
-    help="Attention heads of transformers: see what they do, score them, remove them one by one, prune the model, time it.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.add_typer(inspection)
-app.add_typer(tasks, name="tasks")
+pruning = typer.Typer()
 
 
-@app.callback(invoke_without_command=True)
-def _help(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
-@app.command()
-def demo(
-    out: Out = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Half the training.")] = False,
-    seed: int = 0,
-) -> None:
-    """Train a probe of plain attention and one of composed heads, compare them on what neither has met, prune the second."""
-    from synthetic_tasks.demo import run
-
-    folder.quieten()
-    typer.echo(run(out, quick, seed))
-    typer.echo(f"Everything is in {out}: begin with {out / 'summary.md'} and {out / 'probes.html'}.")
-
-
-@app.command()
+@pruning.command()
 def score(
     model: Model,
     text: Annotated[Path | None, typer.Option("--text", "-t", help="Text file (not needed for a baseline).")] = None,
@@ -87,30 +56,30 @@ def score(
     device: Device = "cpu",
 ) -> None:
     """Score every head by one forward and one backward pass (or by a baseline)."""
-    from . import plots
-    from .attribution.gradients import importance
+    from .. import plots
+    from ..attribution.gradients import importance
 
-    loaded = folder.open_model(model, dtype, device)
+    loaded = results_folder.open_model(model, dtype, device)
     data = None
     if method is Method.taylor:
-        data = folder.batches(loaded, folder.needed(text), examples, length, batch_size, seed)
+        data = results_folder.batches(loaded, results_folder.needed(text), examples, length, batch_size, seed)
     scores = importance(
         loaded,
         data,
         method=method.value,
         reduction=reduction.value,
         normalize="layer" if normalize else None,
-        fill=None if data is None else folder.fill(loaded, data, fill, out),
+        fill=None if data is None else results_folder.fill(loaded, data, fill, out),
         site=site,
         seed=seed,
     )
-    name = folder.named(f"scores-{method}", site)
-    scores = folder.store(scores, out / f"{name}.json")
+    name = results_folder.named(f"scores-{method}", site)
+    scores = results_folder.store(scores, out / f"{name}.json")
     plots.save_html(plots.heads(scores), out / f"{name}.html")
     _show_top(scores, out / f"{name}.json")
 
 
-@app.command()
+@pruning.command()
 def ablate(
     model: Model,
     text: Text,
@@ -127,31 +96,31 @@ def ablate(
     device: Device = "cpu",
 ) -> None:
     """The exact change of the loss with each head removed. Goes on where it stopped."""
-    from . import plots
-    from .attribution.ablation import ablation
+    from .. import plots
+    from ..attribution.ablation import ablation
 
-    loaded = folder.open_model(model, dtype, device)
-    data = folder.batches(loaded, text, examples, length, batch_size, seed)
-    name = folder.named("scores-keep-one" if keep_one else "scores-ablation", site)
+    loaded = results_folder.open_model(model, dtype, device)
+    data = results_folder.batches(loaded, text, examples, length, batch_size, seed)
+    name = results_folder.named("scores-keep-one" if keep_one else "scores-ablation", site)
     scores = ablation(
         loaded,
         data,
         keep_one=keep_one,
         order="size" if by_size else "value",
-        fill=folder.fill(loaded, data, fill, out),
+        fill=results_folder.fill(loaded, data, fill, out),
         site=site,
         log=out / f"{name}.log.jsonl",
     )
-    scores = folder.store(scores, out / f"{name}.json")
-    folder.write_csv(scores, out / f"{name}.csv")
+    scores = results_folder.store(scores, out / f"{name}.json")
+    results_folder.write_csv(scores, out / f"{name}.csv")
     plots.save_html(plots.heads(scores), out / f"{name}.html")
-    if (taylor := out / f"{folder.named('scores-taylor', site)}.json").exists() and not keep_one:
-        figure = plots.against(folder.read_scores(taylor), scores)
-        plots.save_html(figure, out / f"{folder.named('taylor-against-ablation', site)}.html")
+    if (taylor := out / f"{results_folder.named('scores-taylor', site)}.json").exists() and not keep_one:
+        figure = plots.against(results_folder.read_scores(taylor), scores)
+        plots.save_html(figure, out / f"{results_folder.named('taylor-against-ablation', site)}.html")
     _show_top(scores, out / f"{name}.json")
 
 
-@app.command()
+@pruning.command()
 def curve(
     model: Model,
     text: Text,
@@ -176,23 +145,23 @@ def curve(
     device: Device = "cpu",
 ) -> None:
     """The loss against the share of heads removed. Goes on where it stopped."""
-    from . import plots
-    from .attribution.gradients import importance
-    from .pruning.curves import Curve, pruning_curve
-    from .studies.stacks import stack_curves
+    from .. import plots
+    from ..attribution.gradients import importance
+    from ..pruning.curves import Curve, pruning_curve
+    from ..studies.stacks import stack_curves
 
     if by_stack and site != "output":
         raise HeadlabError(f"--by-stack is for the output of heads, not for --site {site}")
-    loaded = folder.open_model(model, dtype, device)
-    data = folder.batches(loaded, text, examples, length, batch_size, seed)
-    stand_in = folder.fill(loaded, data, fill, out)
+    loaded = results_folder.open_model(model, dtype, device)
+    data = results_folder.batches(loaded, text, examples, length, batch_size, seed)
+    stand_in = results_folder.fill(loaded, data, fill, out)
     scores: HeadScores | Callable[[nn.Module], HeadScores]
     if reestimate:
         scores = lambda m: importance(m, data, fill=stand_in, site=site)  # noqa: E731
     else:
-        scores = folder.ordered(loaded, order, site, seed, out)
+        scores = results_folder.ordered(loaded, order, site, seed, out)
     parts = ["reestimated" if reestimate else order, "group" if unit is Unit.group else "", "mean" if stand_in else ""]
-    name = folder.named("-".join(filter(None, ["curve", *parts])), site)
+    name = results_folder.named("-".join(filter(None, ["curve", *parts])), site)
     fractions = [until * step / steps for step in range(steps + 1)]
     options: dict[str, Any] = {"fill": stand_in, "unit": unit.value, "log": out / f"{name}.log.jsonl"}
     if by_stack:
@@ -200,8 +169,8 @@ def curve(
     else:
         results = {name: pruning_curve(loaded, scores, data, fractions, site=site, **options)}
     for name, result in results.items():
-        result = folder.store(result, out / f"{name}.json")
-        folder.write_csv(result, out / f"{name}.csv")
+        result = results_folder.store(result, out / f"{name}.json")
+        results_folder.write_csv(result, out / f"{name}.csv")
         typer.echo(f"{name}: area {result.area:.4g}; written to {out / name}.json")
         typer.echo(result.to_frame().to_string(index=False, float_format="{:.4g}".format))
     found = {file.stem.removeprefix("curve-"): Curve.load(file) for file in sorted(out.glob("curve-*.json"))}
@@ -209,7 +178,7 @@ def curve(
     typer.echo(f"all curves of the folder are in {out / 'curves.html'}")
 
 
-@app.command()
+@pruning.command()
 def prune(
     model: Model,
     out: Out = Path("results"),
@@ -230,14 +199,14 @@ def prune(
     """Save a model without its least important heads. It opens with headlab.load, or transformers' from_pretrained."""
     import torch
 
-    from .hooks.fills import Fill
-    from .hooks.masking import masked
-    from .models.access import inner, probe_batch, tokenizer
-    from .pruning.surgery import kept, save_pruned
-    from .pruning.surgery import prune as pruned
+    from ..hooks.fills import Fill
+    from ..hooks.masking import masked
+    from ..models.access import inner, probe_batch, tokenizer
+    from ..pruning.surgery import kept, save_pruned
+    from ..pruning.surgery import prune as pruned
 
-    loaded = folder.open_model(model, dtype, device)
-    scores = folder.ordered(loaded, order, site, seed, out)
+    loaded = results_folder.open_model(model, dtype, device)
+    scores = results_folder.ordered(loaded, order, site, seed, out)
     mask = scores.keep(keep, unit=unit.value, at_least=at_least)
     means = None if fill is FillKind.zero else Fill.load(out / "fill-mean.safetensors")
     small = pruned(loaded, mask, means, gqa.value, site)
@@ -246,7 +215,7 @@ def prune(
         with masked(loaded, mask, means, site):
             expected = inner(loaded)(**batch)[0]
         difference = (inner(small)(**batch)[0] - expected).abs().max().item()
-    target = to or out / folder.named("pruned", site)
+    target = to or out / results_folder.named("pruned", site)
     save_pruned(small, target, tokenizer(loaded))
     mask.save(out / f"{target.name}-mask.json")
     left = kept(small)
@@ -259,7 +228,7 @@ def prune(
     )
 
 
-@app.command()
+@pruning.command()
 def time(
     model: Model,
     out: Out = Path("results"),
@@ -270,17 +239,17 @@ def time(
     device: Device = "cpu",
 ) -> None:
     """Parameters, bytes on disk and latency of the dense, masked and pruned model."""
-    from . import plots
-    from .models.access import heads
-    from .pruning.timing import shapes, timing
-    from .scores import HeadMask
+    from .. import plots
+    from ..models.access import heads
+    from ..pruning.timing import shapes, timing
+    from ..scores import HeadMask
 
     grid = _sizes(sizes)
     if (out / "timing.json").exists():
         raise HeadlabError(f"{out / 'timing.json'} is there already: move it away, or choose another --out")
     target = pruned or out / "pruned"
-    dense = folder.open_model(model, dtype, device)
-    small = folder.open_model(str(target), dtype, device)
+    dense = results_folder.open_model(model, dtype, device)
+    small = results_folder.open_model(str(target), dtype, device)
     if (saved := out / f"{target.name}-mask.json").exists():
         mask = HeadMask.load(saved)
     else:
@@ -289,7 +258,7 @@ def time(
     models = {"dense": dense, "masked": (dense, mask, site), "pruned": small}
     result = timing(models, shapes(dense, grid), repeats=repeats)
     result.save(out / "timing.json")
-    folder.write_csv(result, out / "timing.csv")
+    results_folder.write_csv(result, out / "timing.csv")
     plots.save_html(plots.timing(result), out / "timing.html")
     typer.echo(result.to_frame().to_string(index=False, float_format="{:.4g}".format))
     typer.echo(f"medians of {repeats} passes on {result.record['device']}; written to {out / 'timing.json'}")
@@ -311,39 +280,3 @@ def _sizes(text: str) -> list[tuple[int, int]]:
     except ValueError:
         pass
     raise HeadlabError(f"sizes are examples x tokens, as in 1x64,16x256, not {text!r}")
-
-
-STOPPED = 130  # exit status after Ctrl-C, by convention 128 + the signal's number
-
-
-def main() -> None:
-    """Run the command line; an error is one line on stderr and exit status 1, never a traceback."""
-    try:
-        status = app(standalone_mode=False)
-    except (typer.Abort, KeyboardInterrupt):
-        status = STOPPED
-    except HeadlabError as error:
-        _fail(str(error), 1)
-    except OSError as error:
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
-    except Exception as error:
-        if hasattr(error, "format_message"):  # a usage error of typer's, whose classes are private
-            _fail(f"{error.format_message()} (headlab --help tells more)", 2)
-        if "HEADLAB_DEBUG" in os.environ:
-            raise
-        what = f"{type(error).__name__}: {error}"
-        if isinstance(error, MemoryError) or "memory" in str(error):
-            _fail(f"out of memory: take fewer or shorter examples (--batch-size, --length); {what}", 1)
-        _fail(f"unexpected {what} (HEADLAB_DEBUG=1 shows where)", 1)
-    if status == STOPPED:  # which is also how typer reports Ctrl-C
-        _fail("stopped; run the same command again to go on", STOPPED)
-    sys.exit(status if isinstance(status, int) else 0)
-
-
-def _fail(message: str, status: int) -> None:
-    sys.stderr.write(f"headlab: {' '.join(message.split())}\n")
-    sys.exit(status)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The commands circuits, roles, correlate, profile and report on saved models; `maps` is in test_cli.py."""
+"""The commands circuits, roles, correlate, profile and report on saved models; `maps` is in test_pruning.py."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_roles_without_a_tokenizer(run: Run, failing: Failing, tmp_path: Path) -
     assert Pattern.load(tmp_path / "results" / "attention-1.safetensors").tokens == {"": ("5", "7")}
 
 
-# --- maps: more of them in test_cli.py
+# --- maps: more of them in test_pruning.py
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -194,7 +194,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 def test_demo_in_its_quick_form(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("synthetic_tasks.demo.STEPS", {True: 2})
+    monkeypatch.setattr("headlab.cli.demo.STEPS", {True: 2})
     out = tmp_path / "demo"
     status, said, _ = run("demo", "--quick", "--seed", 1, "--out", out)
     assert status == 0
@@ -207,8 +207,8 @@ def test_demo_in_its_quick_form(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
 def test_help_needs_none_of_the_heavy_libraries() -> None:
     code = (
         "import sys; sys.argv = ['headlab', '--help']\n"
-        "from headlab import cli\n"
-        "try: cli.main()\n"
+        "from headlab.cli.main import main\n"
+        "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'transformer_lens', 'plotly', 'pandas', 'scipy', 'numpy'} & set(sys.modules)\n"
         "print('heavy:', sorted(heavy))"

@@ -387,7 +387,7 @@ def test_probes_bad_input(failing: Callable[..., str], probed: list[Training], t
 
 def test_help_needs_none_of_the_heavy_libraries() -> None:
     code = (
-        "import sys; from headlab.cli import app; app(['tasks', 'evaluate', '--help'], standalone_mode=False); "
+        "import sys; from headlab.cli.main import app; app(['tasks', 'evaluate', '--help'], standalone_mode=False); "
         "heavy = {'torch', 'transformers', 'plotly', 'pandas', 'scipy', 'numpy'}; assert not heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

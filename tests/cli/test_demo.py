@@ -11,8 +11,8 @@ import torch
 
 import headlab as hl
 from headlab import plots
+from headlab.cli import demo
 from headlab.errors import HeadlabError
-from synthetic_tasks import demo
 from synthetic_tasks.benchmark import ProbeResults, described
 from synthetic_tasks.probes import ProbeForSequenceClassification
 from synthetic_tasks.studies import MATCHED

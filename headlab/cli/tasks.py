@@ -1,4 +1,4 @@
-"""`headlab tasks`: the tasks from the command line. Like `headlab.cli`, imports what it needs when a command runs."""
+"""`headlab tasks`: the tasks from the command line. Imports what it needs when a command runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headlab import folder
-from headlab.errors import HeadlabError
-from headlab.options import BatchSize, Device, Dtype, Model, Out, Precision
+from ..errors import HeadlabError
+from . import results_folder
+from .options import BatchSize, Device, Dtype, Model, Out, Precision
 
 if TYPE_CHECKING:
-    from .contexts import Context
-    from .evaluation import Evaluation
+    from synthetic_tasks.contexts import Context
+    from synthetic_tasks.evaluation import Evaluation
 
 tasks = typer.Typer(
     help="Synthetic tasks, which ask for combinations of what is looked up and what is reported.", add_completion=False
@@ -76,11 +76,11 @@ def evaluate(
     device: Device = "cpu",
 ) -> None:
     """How many answers a language model gets right, by what the tasks are made of. Goes on where it stopped."""
-    from headlab import plots
-    from headlab.hooks.masking import masked
-    from headlab.scores import HeadMask
+    from synthetic_tasks import evaluation as scoring
 
-    from . import evaluation as scoring
+    from .. import plots
+    from ..hooks.masking import masked
+    from ..scores import HeadMask
 
     filters = {"relation": relation, "looked_up": looked_up, "reported": reported, "negation": negation, "order": order}
     sizes = {"shots": shots, "scored": scored, "records": records, "lexicon": lexicon, "seed": seed}
@@ -94,7 +94,7 @@ def evaluate(
         raise HeadlabError(f"these texts do not say where the {attention} is: leave --attention out, or take --sentences")
     gates = None if mask is None else HeadMask.load(mask)
     site = "output" if gates is None else gates.record.get("scores", {}).get("site", "output")  # where its scores were taken
-    loaded = folder.open_model(model, dtype, device)
+    loaded = results_folder.open_model(model, dtype, device)
     if gates is not None:
         with masked(loaded, gates, site=site):  # a mask of another model is an error before there is a log
             pass
@@ -102,8 +102,8 @@ def evaluate(
     name = kind if mask is None else f"{kind}-{mask.stem}"
     log = out / f"{name}.log.jsonl"
     result = scoring.evaluate(loaded, found, mask=gates, site=site, batch_size=batch_size, log=log)
-    result = folder.store(result, out / f"{name}.json")
-    folder.write_csv(result, out / f"{name}.csv")
+    result = results_folder.store(result, out / f"{name}.json")
+    results_folder.write_csv(result, out / f"{name}.csv")
     factors = [*dict.fromkeys(factor for row in result.rows for factor in row["factors"]), "difficulty"]
     alike = _alike(result, kind, out)
     several = alike if len(alike) > 1 else result
@@ -135,7 +135,7 @@ def write(
     import json
     from dataclasses import asdict
 
-    from headlab.results import write as write_file
+    from ..results import write as write_file
 
     if to.exists():
         raise HeadlabError(f"{to} is there already: move it away, or choose another file")
@@ -161,13 +161,13 @@ def probe(
     device: Device = "cpu",
 ) -> None:
     """Train probes of plain attention and of composed heads, and draw what they make of unseen combinations. Can go on."""
-    from headlab import plots
+    from synthetic_tasks.benchmark import ProbeResults
+    from synthetic_tasks.benchmark import study as run
+    from synthetic_tasks.studies import AXES
 
-    from .benchmark import ProbeResults
-    from .benchmark import study as run
-    from .studies import AXES
+    from .. import plots
 
-    folder.check_device(device)
+    results_folder.check_device(device)
     names = list(dict.fromkeys(study or ["main"]))
     chosen = size or ("small" if device == "cpu" else "full")
     for name in names:  # before hours of training
@@ -181,8 +181,8 @@ def probe(
     results = run(names, chosen, seeds=seeds, device=device, log=out / f"probes-{chosen}.log.jsonl")
     for name in names:
         of = results.of(name)
-        of = folder.store(of, out / f"probes-{name}.json")
-        folder.write_csv(of, out / f"probes-{name}.csv")
+        of = results_folder.store(of, out / f"probes-{name}.json")
+        results_folder.write_csv(of, out / f"probes-{name}.csv")
         figure = plots.probes(of, name) if name in AXES else plots.probe_kinds(of)
         plots.save_html(figure, out / f"probes-{name}.html")
         table = of.summary()
@@ -200,7 +200,7 @@ _REACHED = ("seen_mean", "seen_min", "test_mean", "test_min", "test_max", "mappe
 
 
 def _sentences(filters: Mapping[str, Several], sizes: Mapping[str, Any], contexts: int | None) -> list[Context]:
-    from .language import InContextTasks
+    from synthetic_tasks.language import InContextTasks
 
     kept = {"relations" if name == "relation" else name: values or None for name, values in filters.items()}
     made = InContextTasks(**kept, **{name: value for name, value in sizes.items() if value is not None})  # type: ignore[arg-type]
@@ -209,7 +209,7 @@ def _sentences(filters: Mapping[str, Several], sizes: Mapping[str, Any], context
 
 def _published(source: str, filters: Mapping[str, Several], contexts: int | None) -> list[Context]:
     """Contexts of the file with these values; the first ones of every task."""
-    from .published import published_tasks
+    from synthetic_tasks.published import published_tasks
 
     found = published_tasks(source)
     for name, wanted in filters.items():
@@ -259,17 +259,17 @@ def _table(result: Evaluation, factors: list[str]) -> str:
 def _attend(model: Any, contexts: list[Context], part: Part, mask: Any, site: str, batch_size: int, path: Path) -> None:
     from contextlib import nullcontext
 
-    from headlab import plots
-    from headlab.hooks.masking import masked
+    from synthetic_tasks.attending import attention_on
 
-    from .attending import attention_on
+    from .. import plots
+    from ..hooks.masking import masked
 
     with nullcontext() if mask is None else masked(model, mask, site=site):
         scores = attention_on(model, contexts, part=part.value, batch_size=batch_size)
     if mask is not None:
         scores.record.update(mask=[row.tolist() for row in mask.rows], site=site)
     file = path.with_name(f"{path.name}.json")
-    scores = folder.store(scores, file)
+    scores = results_folder.store(scores, file)
     plots.save_html(plots.heads(scores, f"Attention on the {part} asked about"), path.with_name(f"{path.name}.html"))
     best = ", ".join(f"{head} {100 * share:.1f} %" for head, share in scores.top(5))
     typer.echo(f"most attention on the {part}: {best}; written to {file}")

@@ -11,26 +11,26 @@ from pathlib import Path
 
 import torch
 
-from headlab import plots
-from headlab.attribution.ablation import ablation
-from headlab.attribution.gradients import importance
-from headlab.data.losses import own_loss
-from headlab.dcmha.maps import composition_maps
-from headlab.errors import HeadlabError
-from headlab.hooks.masking import masked
-from headlab.loading import load
-from headlab.pruning.curves import Curve, pruning_curve
-from headlab.pruning.surgery import prune, save_pruned
-from headlab.pruning.timing import timing
-from headlab.results import building, write
-from headlab.scores import HeadMask, HeadScores
+from synthetic_tasks.benchmark import ProbeResults, described, measured
+from synthetic_tasks.probes import ProbeForSequenceClassification
+from synthetic_tasks.studies import MATCHED, SMALL, Point, point
+from synthetic_tasks.symbolic import CrossComposition, Split
+from synthetic_tasks.training import train
+from synthetic_tasks.truth import Truth, compare
 
-from .benchmark import ProbeResults, described, measured
-from .probes import ProbeForSequenceClassification
-from .studies import MATCHED, SMALL, Point, point
-from .symbolic import CrossComposition, Split
-from .training import train
-from .truth import Truth, compare
+from .. import plots
+from ..attribution.ablation import ablation
+from ..attribution.gradients import importance
+from ..data.losses import own_loss
+from ..dcmha.maps import composition_maps
+from ..errors import HeadlabError
+from ..hooks.masking import masked
+from ..loading import load
+from ..pruning.curves import Curve, pruning_curve
+from ..pruning.surgery import prune, save_pruned
+from ..pruning.timing import timing
+from ..results import building, write
+from ..scores import HeadMask, HeadScores
 
 HEADS = 12
 STEPS = {False: 2000, True: 1000}  # quick or not

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import HeadlabError
+from ..errors import HeadlabError
 from .options import Dtype, FillKind, Order
 
 if TYPE_CHECKING:
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from .data.batches import Batch
-    from .hooks.fills import Fill
-    from .scores import HeadScores
+    from ..data.batches import Batch
+    from ..hooks.fills import Fill
+    from ..scores import HeadScores
 
 
 def open_model(name: str, dtype: Dtype, device: str) -> Any:
     import torch
 
-    from .loading import load
+    from ..loading import load
 
     quieten()
     check_device(device)
@@ -55,8 +55,8 @@ def needed(text: Path | None) -> Path:
 
 
 def batches(model: nn.Module, text: Path, examples: int, length: int, batch_size: int, seed: int) -> list[Batch]:
-    from .data.batches import prepare
-    from .data.texts import read_batches
+    from ..data.batches import prepare
+    from ..data.texts import read_batches
 
     found = read_batches(model, text, examples=examples, length=length, batch_size=batch_size, seed=seed)
     return list(prepare(model, found))
@@ -64,7 +64,7 @@ def batches(model: nn.Module, text: Path, examples: int, length: int, batch_size
 
 def prompts(model: nn.Module, prompts: list[str]) -> Any:
     """Prompts as the model takes them: texts for its tokenizer, or numbers."""
-    from .models.access import tokenizer
+    from ..models.access import tokenizer
 
     if tokenizer(model) is not None:
         return prompts
@@ -74,7 +74,7 @@ def prompts(model: nn.Module, prompts: list[str]) -> Any:
         raise HeadlabError("no tokenizer lies beside the model: give the prompt as token numbers, as in '5 7 11'") from None
     import torch
 
-    from .models.access import inner
+    from ..models.access import inner
 
     known = inner(model).config.get_text_config().vocab_size
     if unknown := [token for tokens in numbers for token in tokens if not 0 <= token < known]:
@@ -84,7 +84,7 @@ def prompts(model: nn.Module, prompts: list[str]) -> Any:
 
 def fill(model: nn.Module, data: list[Batch], kind: FillKind, out: Path) -> Fill | None:
     """The means of the folder, measured now if they are not there yet."""
-    from .hooks.fills import Fill, fill
+    from ..hooks.fills import Fill, fill
 
     if kind is FillKind.zero:
         return None
@@ -105,7 +105,7 @@ def named(name: str, site: str) -> str:
 
 def ordered(model: nn.Module, order: Order, site: str, seed: int, out: Path) -> HeadScores:
     """The scores that say what goes first."""
-    from .attribution.gradients import importance
+    from ..attribution.gradients import importance
 
     if order in (Order.random, Order.magnitude):
         return importance(model, method=order.value, seed=seed, site=site)  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def ordered(model: nn.Module, order: Order, site: str, seed: int, out: Path) -> 
 
 
 def read_scores(path: Path) -> HeadScores:
-    from .scores import HeadScores
+    from ..scores import HeadScores
 
     if not path.exists():
         command = "ablate" if "ablation" in path.name else "score"
@@ -138,7 +138,7 @@ def once(kind: type[Any], path: Path, model: nn.Module, make: Callable[[], Any],
     Raises:
         HeadlabError: what is there is of another model, or was made with other options (those of its record).
     """
-    from .models.access import fingerprint
+    from ..models.access import fingerprint
 
     if not path.exists():
         result = make()
@@ -159,6 +159,6 @@ def _as_saved(record: dict[str, Any]) -> Any:
 
 
 def write_csv(result: Any, path: Path) -> None:
-    from .results import write
+    from ..results import write
 
     write(path, lambda file: result.to_frame().to_csv(file, index=False))
