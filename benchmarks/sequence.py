@@ -38,7 +38,7 @@ from transformers import (
 
 from headlab.data.batches import IGNORED, Batch
 from headlab.results import building
-from synthetic_tasks.training import faster_products
+from synthetic_tasks.probes.training import faster_products
 
 from .dcmha_train import warm_cosine
 from .language import BETWEEN, DOMAINS, END, LABELS, MASK, START, Language

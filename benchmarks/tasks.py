@@ -18,8 +18,8 @@ import typer
 from headlab import plots
 from headlab.results import write
 from synthetic_tasks import Evaluation, InContextTasks, evaluate, published_tasks
-from synthetic_tasks.benchmark import ProbeResults, collected
-from synthetic_tasks.studies import AXES, FULL, STUDIES
+from synthetic_tasks.probes.benchmark import ProbeResults, collected
+from synthetic_tasks.probes.studies import AXES, FULL, STUDIES
 
 from .dcmha_report import picture
 
@@ -136,8 +136,9 @@ counts. Guessing a record gives 8.3 %.
 **The probes.** {size.d_model} wide, heads of {size.d_head}, one layer (pre-norm), the answer read at the query. `seed`
 draws the combinations held out, the data and the weights. Per cent of 10,000 sequences; *trained* is fresh sequences with
 trained combinations, *unseen* those held out. *The map is right* at a query if of all pairs of features (on the level
-binding: all features to report) it ties the asked ones most (`synthetic_tasks.truth`). *Matched* is an MHA with so many
-heads that it has as many parameters as the DCMHA of the same point."""
+binding: all features to report) it ties the asked ones most
+(`synthetic_tasks.probes.ground_truth`). *Matched* is an MHA with so many heads that it has as many parameters as the DCMHA of
+the same point."""
 SECTIONS = {
     "main": (
         "The main figure",

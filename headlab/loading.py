@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .dcmha.attachment import COMPOSED, ComposedModel
@@ -57,7 +57,7 @@ def _from_pretrained(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
     if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
         raise HeadlabError(f"cannot open the model {name!r}: there is no such folder")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False) if not _is_pruned(name) else _pruned_config(name)
+        config = _config(name)
         found = _class_of(config).from_pretrained(name, config=config, dtype=dtype)
     except HeadlabError:
         raise
@@ -69,19 +69,15 @@ def _from_pretrained(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
     return found
 
 
-def _is_pruned(name: str) -> bool:
-    config = Path(name) / "config.json"
-    try:
-        return str(json.loads(config.read_text(encoding="utf-8")).get("model_type")).startswith(PRUNED)
-    except (OSError, ValueError, AttributeError):
-        return False  # a hub name, or something that AutoConfig explains better
-
-
-def _pruned_config(name: str) -> Any:
-    model_type = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))["model_type"]
-    base = type(AutoConfig.for_model(model_type.removeprefix(PRUNED)))
-    PRUNING.config_class(base)  # type: ignore[arg-type]  # mypy takes no class for hashable
-    return AutoConfig.from_pretrained(name)
+def _config(name: str) -> Any:
+    """The config of a model, of whose type transformers may yet have to be told."""
+    model_type = str(PretrainedConfig.get_config_dict(name)[0].get("model_type"))
+    base, made = unwrapped(model_type)
+    for home in entry_points(group="headlab.models", name=base):  # installed packages that bring models of their own
+        home.load()
+    if PRUNING in made:
+        PRUNING.config_class(type(AutoConfig.for_model(model_type.removeprefix(PRUNED))))
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _class_of(config: Any) -> Any:

@@ -8,20 +8,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .contexts import Answer, Context
-    from .evaluation import Evaluation, evaluate
-    from .language import InContextTasks
-    from .published import published_tasks
+    from .evaluation.scoring import Evaluation, evaluate
+    from .language.contexts import Answer, Context
+    from .language.in_context import InContextTasks
+    from .language.published import published_tasks
     from .symbolic import CrossComposition
 
 _HOME = {
-    "Answer": "contexts",
-    "Context": "contexts",
+    "Answer": "language.contexts",
+    "Context": "language.contexts",
     "CrossComposition": "symbolic",
-    "Evaluation": "evaluation",
-    "InContextTasks": "language",
-    "evaluate": "evaluation",
-    "published_tasks": "published",
+    "Evaluation": "evaluation.scoring",
+    "InContextTasks": "language.in_context",
+    "evaluate": "evaluation.scoring",
+    "published_tasks": "language.published",
 }
 
 __all__ = ["Answer", "Context", "CrossComposition", "Evaluation", "InContextTasks", "evaluate", "published_tasks"]

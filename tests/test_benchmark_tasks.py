@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import tasks
 from synthetic_tasks import Evaluation
-from synthetic_tasks.benchmark import identity
-from synthetic_tasks.studies import FULL, STUDIES
+from synthetic_tasks.probes.benchmark import identity
+from synthetic_tasks.probes.studies import FULL, STUDIES
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from synthetic_tasks.benchmark import ProbeResults, described, measured
-from synthetic_tasks.probes import ProbeForSequenceClassification
-from synthetic_tasks.studies import MATCHED, SMALL, Point, point
+from synthetic_tasks.probes.benchmark import ProbeResults, described, measured
+from synthetic_tasks.probes.ground_truth import Truth, compare
+from synthetic_tasks.probes.models import ProbeForSequenceClassification
+from synthetic_tasks.probes.studies import MATCHED, SMALL, Point, point
+from synthetic_tasks.probes.training import train
 from synthetic_tasks.symbolic import CrossComposition, Split
-from synthetic_tasks.training import train
-from synthetic_tasks.truth import Truth, compare
 
 from .. import plots
 from ..attribution.ablation import ablation
@@ -192,7 +192,7 @@ better): {areas}. {removed} of {all} outputs go without that loss rising by more
 
 **A model that really is smaller.** {dense:,} parameters became {pruned:,}; on unseen combinations the loss went from
 {dense_loss:.3f} to {pruned_loss:.3f} and accuracy from {dense_right:.1%} to {pruned_right:.1%}. It computes what the
-masked model computes (largest difference of a logit: {difference:.1e}), reopens after `import synthetic_tasks.probes` with
+masked model computes (largest difference of a logit: {difference:.1e}), reopens with
 `headlab.load("{folder}/pruned")`, and one forward pass is {speedup:.2f} times as fast, its attention {attention:.2f} times.
 
 Open `probes.html`, `truth.html`, `curves.html`, `heads.html`, `maps.html` and `timing.html` in a browser.

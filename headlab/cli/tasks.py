@@ -14,8 +14,8 @@ from . import results_folder
 from .options import BatchSize, Device, Dtype, Model, Out, Precision
 
 if TYPE_CHECKING:
-    from synthetic_tasks.contexts import Context
-    from synthetic_tasks.evaluation import Evaluation
+    from synthetic_tasks.evaluation.scoring import Evaluation
+    from synthetic_tasks.language.contexts import Context
 
 tasks = typer.Typer(
     help="Synthetic tasks, which ask for combinations of what is looked up and what is reported.", add_completion=False
@@ -76,7 +76,7 @@ def evaluate(
     device: Device = "cpu",
 ) -> None:
     """How many answers a language model gets right, by what the tasks are made of. Goes on where it stopped."""
-    from synthetic_tasks import evaluation as scoring
+    from synthetic_tasks.evaluation import scoring
 
     from .. import plots
     from ..hooks.masking import masked
@@ -161,9 +161,9 @@ def probe(
     device: Device = "cpu",
 ) -> None:
     """Train probes of plain attention and of composed heads, and draw what they make of unseen combinations. Can go on."""
-    from synthetic_tasks.benchmark import ProbeResults
-    from synthetic_tasks.benchmark import study as run
-    from synthetic_tasks.studies import AXES
+    from synthetic_tasks.probes.benchmark import ProbeResults
+    from synthetic_tasks.probes.benchmark import study as run
+    from synthetic_tasks.probes.studies import AXES
 
     from .. import plots
 
@@ -200,7 +200,7 @@ _REACHED = ("seen_mean", "seen_min", "test_mean", "test_min", "test_max", "mappe
 
 
 def _sentences(filters: Mapping[str, Several], sizes: Mapping[str, Any], contexts: int | None) -> list[Context]:
-    from synthetic_tasks.language import InContextTasks
+    from synthetic_tasks.language.in_context import InContextTasks
 
     kept = {"relations" if name == "relation" else name: values or None for name, values in filters.items()}
     made = InContextTasks(**kept, **{name: value for name, value in sizes.items() if value is not None})  # type: ignore[arg-type]
@@ -209,7 +209,7 @@ def _sentences(filters: Mapping[str, Several], sizes: Mapping[str, Any], context
 
 def _published(source: str, filters: Mapping[str, Several], contexts: int | None) -> list[Context]:
     """Contexts of the file with these values; the first ones of every task."""
-    from synthetic_tasks.published import published_tasks
+    from synthetic_tasks.language.published import published_tasks
 
     found = published_tasks(source)
     for name, wanted in filters.items():
@@ -259,7 +259,7 @@ def _table(result: Evaluation, factors: list[str]) -> str:
 def _attend(model: Any, contexts: list[Context], part: Part, mask: Any, site: str, batch_size: int, path: Path) -> None:
     from contextlib import nullcontext
 
-    from synthetic_tasks.attending import attention_on
+    from synthetic_tasks.evaluation.attention import attention_on
 
     from .. import plots
     from ..hooks.masking import masked

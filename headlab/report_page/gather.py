@@ -21,7 +21,10 @@ from .sections import part_of, together
 
 _NAME = re.compile(r"(?:(enc|dec|cross)\.)?L([0-9]{1,4})H([0-9]{1,4})")  # a page of more rows would not open
 _STACKS = ("", "enc", "dec", "cross")
-_ELSEWHERE = {"evaluation": "synthetic_tasks.evaluation", "probes": "synthetic_tasks.benchmark"}  # kinds beside headlab's
+_ELSEWHERE = {
+    "evaluation": "synthetic_tasks.evaluation.scoring",
+    "probes": "synthetic_tasks.probes.benchmark",
+}  # kinds beside headlab's
 _TENSORS = {  # kinds that are safetensors files
     "maps": ("headlab.dcmha.maps", "CompositionMaps"),
     "pattern": ("headlab.attention.prompts", "Pattern"),

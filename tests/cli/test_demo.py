@@ -13,12 +13,12 @@ import headlab as hl
 from headlab import plots
 from headlab.cli import demo
 from headlab.errors import HeadlabError
-from synthetic_tasks.benchmark import ProbeResults, described
-from synthetic_tasks.probes import ProbeForSequenceClassification
-from synthetic_tasks.studies import MATCHED
+from synthetic_tasks.probes.benchmark import ProbeResults, described
+from synthetic_tasks.probes.ground_truth import compare
+from synthetic_tasks.probes.models import ProbeForSequenceClassification
+from synthetic_tasks.probes.studies import MATCHED
+from synthetic_tasks.probes.training import train
 from synthetic_tasks.symbolic import CrossComposition
-from synthetic_tasks.training import train
-from synthetic_tasks.truth import compare
 
 
 def test_the_cheapest_mask_stops_before_the_first_costly_step() -> None:

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import headlab as hl
-from synthetic_tasks import Evaluation, InContextTasks, benchmark, evaluate, published_tasks
-from synthetic_tasks.attending import attention_on
-from synthetic_tasks.studies import SIZES, STUDIES, Size
-from synthetic_tasks.training import Outcome, Recipe, train
-from synthetic_tasks.training import Run as Training
+from synthetic_tasks import Evaluation, InContextTasks, evaluate, published_tasks
+from synthetic_tasks.evaluation.attention import attention_on
+from synthetic_tasks.probes import benchmark
+from synthetic_tasks.probes.studies import SIZES, STUDIES, Size
+from synthetic_tasks.probes.training import Outcome, Recipe, train
+from synthetic_tasks.probes.training import Run as Training
 from tests.conftest import Run
 
 WORDS = ["--relation", "use", "--relation", "time", "--reported", "person", "--negation", "is", "--order", "plain"]

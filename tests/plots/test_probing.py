@@ -9,7 +9,7 @@ import torch
 
 import headlab as hl
 from headlab import plots
-from synthetic_tasks.probes import KINDS
+from synthetic_tasks.probes.models import KINDS
 
 
 class Runs:

@@ -9,8 +9,8 @@ from typing import Any
 from headlab.errors import HeadlabError
 
 from .contexts import Answer, Context, Span
-from .drawing import Draw, possible_lines, shortage
-from .sentences import Sentences, Task, compile_task, possible_tasks
+from .sampling import Draw, possible_lines, shortage
+from .templates import Sentences, Task, compile_task, possible_tasks
 from .words import read_lexicon
 
 FACTORS = ("relation", "looked_up", "reported", "negation", "order")
@@ -48,7 +48,7 @@ class InContextTasks:
         scored: scored lines in every context.
         records: facts on every line; at least 2, for the odd one out at least 3.
         lexicon: your own words and sentence patterns, as a TOML file or a mapping of its form; see
-            `synthetic_tasks.words.read_lexicon`.
+            `synthetic_tasks.language.words.read_lexicon`.
         seed: what contexts are drawn by, together with the task's name.
 
     Raises:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .probes import KINDS, ProbeForSequenceClassification, probe_config
-from .symbolic import LEVELS, CrossComposition
+from ..symbolic import LEVELS, CrossComposition
+from .models import KINDS, ProbeForSequenceClassification, probe_config
 from .training import Recipe, Run
 
 MATCHED = "matched"

@@ -16,7 +16,7 @@ from headlab.models.access import describe, evaluating, head_rows, inner, is_bri
 from headlab.models.attention_modules import Attention
 from headlab.scores import HeadScores
 
-from .contexts import Context, Span
+from ..language.contexts import Context, Span
 from .encoding import check_size, describe_contexts, inputs, plan, prepare
 
 

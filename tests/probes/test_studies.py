@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from headlab.errors import HeadlabError
-from synthetic_tasks import studies
-from synthetic_tasks.benchmark import described, identity
-from synthetic_tasks.probes import KINDS, ProbeForSequenceClassification, probe_config
-from synthetic_tasks.studies import AXES, FULL, MATCHED, SMALL, STUDIES, Point, Size, heads_of_matched, point
+from synthetic_tasks.probes import studies
+from synthetic_tasks.probes.benchmark import described, identity
+from synthetic_tasks.probes.models import KINDS, ProbeForSequenceClassification, probe_config
+from synthetic_tasks.probes.studies import AXES, FULL, MATCHED, SMALL, STUDIES, Point, Size, heads_of_matched, point
+from synthetic_tasks.probes.training import Run
 from synthetic_tasks.symbolic import LEVELS
-from synthetic_tasks.training import Run
 
 SIZES = pytest.mark.parametrize("size", [FULL, SMALL], ids=["full", "small"])
 EVERY = pytest.mark.parametrize("name", STUDIES)

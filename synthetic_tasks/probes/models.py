@@ -23,9 +23,9 @@ from headlab.dcmha.compose import Projection, Weight
 from headlab.errors import HeadlabError
 from headlab.models.families import Family, register
 
-from . import single
-from .single import flat
-from .symbolic import CrossComposition
+from ..symbolic import CrossComposition
+from . import one_query
+from .one_query import flat
 
 COMPOSITIONAL = "compositional"
 KINDS: Mapping[str, Mapping[str, Any] | str] = {
@@ -126,10 +126,10 @@ class ProbeAttention(nn.Module):
         self.compose = Compose(config.hidden_size, config.num_attention_heads, rank=config.rank, **options)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], last: bool = False) -> Float[Tensor, "batch query d_model"]:
-        if last and single.fits(self.compose, self.k_proj, self.v_proj):
+        if last and one_query.fits(self.compose, self.k_proj, self.v_proj):
             asked = flat(self.q_proj, x[:, -1:])[:, 0].unflatten(-1, (-1, self.head_dim))
             w_k, w_v = (part.weight.unflatten(0, (-1, self.head_dim)) for part in (self.k_proj, self.v_proj))
-            return flat(self.o_proj, single.attended(self.compose, asked, w_k, w_v, x).flatten(1)[:, None])
+            return flat(self.o_proj, one_query.attended(self.compose, asked, w_k, w_v, x).flatten(1)[:, None])
         parts = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (flat(part, x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
         sides = self.compose(x)

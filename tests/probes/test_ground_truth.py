@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from headlab.errors import HeadlabError
-from synthetic_tasks import CrossComposition, truth
-from synthetic_tasks.probes import ProbeAttention, ProbeForSequenceClassification, probe_config
+from synthetic_tasks import CrossComposition
+from synthetic_tasks.probes import ground_truth
+from synthetic_tasks.probes.ground_truth import Roles, Truth, compare, mean_maps, measured_roles
+from synthetic_tasks.probes.models import ProbeAttention, ProbeForSequenceClassification, probe_config
+from synthetic_tasks.probes.training import Recipe, Run, train
 from synthetic_tasks.symbolic import LEVELS, Sample
-from synthetic_tasks.training import Recipe, Run, train
-from synthetic_tasks.truth import Roles, Truth, compare, mean_maps, measured_roles
 
 FEATURES, VALUES, RECORDS = 4, 5, 3
 BOTH = pytest.mark.parametrize("level", LEVELS)
@@ -134,13 +135,13 @@ def test_maps_set_from_outside_are_right_or_guess(level: str, shared: bool, monk
     right = 0.01 * identity.clone()
     right[torch.arange(900), sample.looked_up, sample.reported] = 1
     for maps, share in (((right, identity), 1), ((identity, right), 1), ((identity, identity), None)):
-        monkeypatch.setattr(truth, "mean_maps", lambda *_, maps=maps: maps)
+        monkeypatch.setattr(ground_truth, "mean_maps", lambda *_, maps=maps: maps)
         found = compare(probe, task, "seen", 900)
         assert torch.equal(found.sample.ids, sample.ids)
         assert found.share == share if share else abs(found.share - found.chance) < 0.08
     wrong = torch.zeros(900, FEATURES, FEATURES)
     wrong[torch.arange(900), sample.reported, sample.looked_up] = 1  # looks a up and reports p
-    monkeypatch.setattr(truth, "mean_maps", lambda *_: (wrong, identity))
+    monkeypatch.setattr(ground_truth, "mean_maps", lambda *_: (wrong, identity))
     assert compare(probe, task, "seen", 900).share <= (0.4 if level == "binding" else 0.01)
 
 

@@ -23,7 +23,7 @@ from headlab.models.access import describe, evaluating, inner
 from headlab.results import Result, RowLog
 from headlab.scores import HeadMask
 
-from .contexts import Context
+from ..language.contexts import Context
 from .encoding import Encoded, EncodedAnswer, check_size, describe_contexts, inputs, plan, prepare
 
 if TYPE_CHECKING:

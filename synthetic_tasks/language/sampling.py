@@ -8,7 +8,7 @@ from math import factorial, perm
 from random import Random
 from typing import Generic, Literal, TypeVar
 
-from .sentences import Task
+from .templates import Task
 from .words import Family, People
 
 Persons = Literal["none", "any", "same", "other genders", "one other gender", "mixed"]

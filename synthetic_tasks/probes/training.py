@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 
 from headlab.errors import HeadlabError
 
-from .probes import ProbeForSequenceClassification, probe_config
-from .replay import Replayed
-from .symbolic import CrossComposition, Split
+from ..symbolic import CrossComposition, Split
+from .cuda_graphs import Replayed
+from .models import ProbeForSequenceClassification, probe_config
 
 PARTS = {"base": "compose.base", "gates": "compose.dd", "low_rank": ("compose.dw1", "compose.qkw"), "mlp": ("mlp", "first")}
 """Parts of a probe that may decay at a rate of their own, by what their parameters' names contain."""

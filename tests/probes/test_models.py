@@ -19,7 +19,7 @@ import headlab as hl
 from headlab.dcmha import BRANCHES
 from headlab.errors import HeadlabError
 from synthetic_tasks import CrossComposition
-from synthetic_tasks.probes import COMPOSITIONAL, KINDS, ProbeConfig, ProbeForSequenceClassification, probe_config
+from synthetic_tasks.probes.models import COMPOSITIONAL, KINDS, ProbeConfig, ProbeForSequenceClassification, probe_config
 from tests.helpers import dcmha_loop
 
 SIZES = {"hidden_size": 11, "num_attention_heads": 3, "head_dim": 2}

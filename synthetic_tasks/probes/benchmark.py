@@ -16,10 +16,10 @@ from headlab.errors import HeadlabError
 from headlab.results import Result, RowLog
 from headlab.version import __version__
 
-from .probes import COMPOSITIONAL
+from .ground_truth import compare
+from .models import COMPOSITIONAL
 from .studies import SIZES, STUDIES, Point
 from .training import Outcome, Run, train
-from .truth import compare
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from headlab.errors import HeadlabError
-from synthetic_tasks import CrossComposition, training
-from synthetic_tasks.probes import ProbeForSequenceClassification, probe_config
+from synthetic_tasks import CrossComposition
+from synthetic_tasks.probes import training
+from synthetic_tasks.probes.models import ProbeForSequenceClassification, probe_config
+from synthetic_tasks.probes.training import Outcome, Recipe, Run, Stack, learning_rates, shares_of_mean, train
 from synthetic_tasks.symbolic import Sample
-from synthetic_tasks.training import Outcome, Recipe, Run, Stack, learning_rates, shares_of_mean, train
 
 SIZES = {"hidden_size": 11, "num_attention_heads": 3, "head_dim": 2}
 STEPS, BATCH = 5, 13

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from headlab.errors import HeadlabError
 from synthetic_tasks import published_tasks
-from synthetic_tasks.published import task_factors
+from synthetic_tasks.language.published import task_factors
 
 TEXT = (
     "\n< Ann has a fox. Bob has tea. >. Ann has a kind of animal\n"

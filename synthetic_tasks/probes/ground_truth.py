@@ -17,8 +17,8 @@ from headlab.dcmha import STAGES
 from headlab.dcmha.compose import Compose, Side
 from headlab.errors import HeadlabError
 
-from .probes import ProbeAttention, ProbeBlock, ProbeForSequenceClassification
-from .symbolic import CrossComposition, Sample, Split
+from ..symbolic import CrossComposition, Sample, Split
+from .models import ProbeAttention, ProbeBlock, ProbeForSequenceClassification
 
 
 class Roles(NamedTuple):

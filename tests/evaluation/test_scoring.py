@@ -10,11 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import headlab as hl
 from headlab.errors import HeadlabError
 from synthetic_tasks import Answer, Context, Evaluation, evaluate
-from synthetic_tasks.encoding import answer_batches, encode
-from synthetic_tasks.evaluation import wilson
+from synthetic_tasks.evaluation.encoding import answer_batches, encode
+from synthetic_tasks.evaluation.scoring import wilson
+from tests.evaluation.test_encoding import make_context, make_tokenizer
 from tests.helpers import zoo
 from tests.helpers.words import save_with_tokenizer
-from tests.test_tasks_encoding import make_context, make_tokenizer
 
 CHOICES = ("tea pot", "tea cup", "fox", "fig jam", "fig pie", "old tea")  # of several tokens, some of which begin alike
 TOKENIZER = make_tokenizer("bytes", bos=True, padding=False, things=CHOICES)

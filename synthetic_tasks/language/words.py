@@ -74,7 +74,7 @@ def read_lexicon(own: str | Path | Mapping[str, Any] | None = None) -> tuple[Peo
     Args:
         own: a TOML file or a mapping of its form. A table `people`, `possession`, `city`, `use`, `adjective` or `time`
             replaces what it names of the shipped one; any other table is a new relation. The shipped files in
-            `synthetic_tasks/lexicon/` show the form: `item` and `related` name the words; `words` (groups), `pairs`
+            `synthetic_tasks/language/lexicon/` show the form: `item` and `related` name the words; `words` (groups), `pairs`
             (opposites) or `series` (neighbours) hold them; `patterns` and `odd` are the sentences.
 
     Raises:

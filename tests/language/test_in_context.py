@@ -15,17 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import synthetic_tasks.language as language
 from headlab.errors import HeadlabError
-from synthetic_tasks.contexts import Answer, Context
-from synthetic_tasks.drawing import Draw, possible_lines, shortage
-from synthetic_tasks.language import InContextTasks
-from synthetic_tasks.sentences import possible_tasks
-from synthetic_tasks.words import read_lexicon
+from synthetic_tasks.language import in_context as language
+from synthetic_tasks.language.contexts import Answer, Context
+from synthetic_tasks.language.in_context import InContextTasks
+from synthetic_tasks.language.sampling import Draw, possible_lines, shortage
+from synthetic_tasks.language.templates import possible_tasks
+from synthetic_tasks.language.words import read_lexicon
 
 
 def raw(name: str) -> dict[str, Any]:
-    return tomllib.loads((files("synthetic_tasks") / "lexicon" / f"{name}.toml").read_text(encoding="utf-8"))
+    return tomllib.loads((files("synthetic_tasks.language") / "lexicon" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 HOURS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]

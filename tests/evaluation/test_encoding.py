@@ -14,7 +14,7 @@ import headlab as hl
 from headlab.data.batches import IGNORED
 from headlab.errors import HeadlabError
 from synthetic_tasks import Answer, Context
-from synthetic_tasks.encoding import answer_batches, encode, pad, pad_token
+from synthetic_tasks.evaluation.encoding import answer_batches, encode, pad, pad_token
 from tests.helpers import zoo
 
 PEOPLE = ("Ann", "Bob", "Zoë", "Lisa")

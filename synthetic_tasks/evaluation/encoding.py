@@ -16,7 +16,7 @@ from headlab.errors import HeadlabError
 from headlab.models.access import inner
 from headlab.models.access import tokenizer as tokenizer_of
 
-from .contexts import Answer, Context, Span
+from ..language.contexts import Answer, Context, Span
 
 Ids = tuple[int, ...]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from headlab.dcmha import BRANCHES, Compose, scaled
 from headlab.dcmha.branches import PLACES, SITES, STAGES
-from synthetic_tasks import single
-from synthetic_tasks.probes import KINDS, ProbeAttention, ProbeConfig
+from synthetic_tasks.probes import one_query
+from synthetic_tasks.probes.models import KINDS, ProbeAttention, ProbeConfig
 
 BATCH, KEYS, HEADS, D_HEAD, WIDTH = 2, 7, 3, 5, 11
 OPTIONS = {kind: options for kind, options in KINDS.items() if isinstance(options, Mapping)}
@@ -36,7 +36,7 @@ def tokens(seed: int = 0) -> Tensor:
 
 
 def fits(attention: ProbeAttention) -> bool:
-    return single.fits(attention.compose, attention.k_proj, attention.v_proj)
+    return one_query.fits(attention.compose, attention.k_proj, attention.v_proj)
 
 
 def assert_as_all_queries(attention: ProbeAttention, seed: int = 0) -> None:
@@ -88,7 +88,7 @@ def test_the_last_query_goes_that_way_and_is_the_same_otherwise(monkeypatch: pyt
     attention, x = build(branches=BRANCHES), tokens()
     used = []
     nothing = torch.zeros(BATCH, HEADS, D_HEAD, dtype=torch.float64)
-    monkeypatch.setattr(single, "attended", lambda *given: used.append(1) or nothing)
+    monkeypatch.setattr(one_query, "attended", lambda *given: used.append(1) or nothing)
     assert attention(x, last=True).abs().max() == 0
     assert used == [1]
     assert attention(x).shape == (BATCH, KEYS, WIDTH)

@@ -14,11 +14,11 @@ import pytest
 from headlab import plots
 from headlab.errors import HeadlabError
 from headlab.results import Result
-from synthetic_tasks import benchmark, studies
-from synthetic_tasks.benchmark import ProbeResults, collected, described, identity, measured, study
-from synthetic_tasks.studies import SIZES, STUDIES, Point, Size
-from synthetic_tasks.training import Outcome, Recipe, Run, train
-from synthetic_tasks.truth import compare
+from synthetic_tasks.probes import benchmark, studies
+from synthetic_tasks.probes.benchmark import ProbeResults, collected, described, identity, measured, study
+from synthetic_tasks.probes.ground_truth import compare
+from synthetic_tasks.probes.studies import SIZES, STUDIES, Point, Size
+from synthetic_tasks.probes.training import Outcome, Recipe, Run, train
 
 TINY = Size(
     features=4, values=5, records=4, d_model=11, heads=3, d_head=2,

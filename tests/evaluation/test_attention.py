@@ -9,10 +9,10 @@ import torch
 import headlab as hl
 from headlab.errors import HeadlabError
 from synthetic_tasks import Answer, Context, evaluate
-from synthetic_tasks.attending import attention_on
-from synthetic_tasks.encoding import encode
+from synthetic_tasks.evaluation.attention import attention_on
+from synthetic_tasks.evaluation.encoding import encode
+from tests.evaluation.test_scoring import CONTEXTS, MODELS, TOKENIZER, assert_same, judged, taught
 from tests.helpers import zoo
-from tests.test_tasks_evaluation import CONTEXTS, MODELS, TOKENIZER, assert_same, judged, taught
 
 
 @pytest.fixture(scope="module")

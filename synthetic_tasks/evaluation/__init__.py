@@ -1,0 +1,1 @@
+"""How language models do on sentences: encoded, scored, and where their heads look."""

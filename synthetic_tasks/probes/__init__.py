@@ -1,0 +1,1 @@
+"""Small models of every kind of attention, trained on records and held against the truth."""
