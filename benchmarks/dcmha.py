@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor, nn
 
 from headlab.dcmha import Compose, backends
-from headlab.results import RowLog
+from headlab.results import StepLog
 
 from . import real
 from .corpus import Corpus
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(write_report(options.results, options.docs))
         return
-    log = RowLog(options.out, {"study": "dcmha"})
+    log = StepLog(options.out, {"study": "dcmha"})
     jobs = {"all": plan, "train": one_training, "speed": speeds, "memory": memories}[options.command](options)
     work(jobs, log, options)
 
@@ -134,10 +134,10 @@ def plan(options: argparse.Namespace) -> list[Job]:
     return [job for part in options.only.split(",") for job in parts[part]()]
 
 
-def work(jobs: list[Job], log: RowLog, options: argparse.Namespace) -> None:
+def work(jobs: list[Job], log: StepLog, options: argparse.Namespace) -> None:
     """Do what is not done yet, and write each result as soon as it is there."""
     end = time.monotonic() + 60 * options.minutes
-    done = [row["job"] for row in log.rows]
+    done = [row["job"] for row in log.done]
     left = [job for job in jobs if job not in done]
     print(f"{len(jobs) - len(left)} of {len(jobs)} runs are in {options.out}", flush=True)
     corpus = Corpus.load(options.data) if any(job["kind"] == "train" for job in left) else None
@@ -146,7 +146,7 @@ def work(jobs: list[Job], log: RowLog, options: argparse.Namespace) -> None:
         print(f"[{number + 1}/{len(left)}] {name_of(job)}", flush=True)
         start = time.monotonic()
         result = None
-        if start + expected(job, log.rows) < end:
+        if start + expected(job, log.done) < end:
             result = do(job, corpus, options.device, end)
         if result is None:
             skipped += 1

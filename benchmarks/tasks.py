@@ -137,8 +137,8 @@ counts. Guessing a record gives 8.3 %.
 draws the combinations held out, the data and the weights. Per cent of 10,000 sequences; *trained* is fresh sequences with
 trained combinations, *unseen* those held out. *The map is right* at a query if of all pairs of features (on the level
 binding: all features to report) it ties the asked ones most
-(`synthetic_tasks.probes.ground_truth`). *Matched* is an MHA with so many heads that it has as many parameters as the DCMHA of
-the same point."""
+(`synthetic_tasks.probes.ground_truth`). *Matched* is an MHA with so many heads that it has as many parameters as the DCMHA
+of the same point."""
 SECTIONS = {
     "main": (
         "The main figure",

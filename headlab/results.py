@@ -1,4 +1,4 @@
-"""Saving and loading every result, together with the record of how it was made; and logs of rows that can be resumed.
+"""Saving and loading every result, together with the record of how it was made; and logs of steps that can be resumed.
 
 Nothing here pickles. A file is written beside its destination and renamed into place, so a full disk or a kill leaves
 the file that was there before.
@@ -160,26 +160,26 @@ def building(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class RowLog:
+class StepLog:
     """A file with one JSON line per finished step, the first saying what is computed; a killed run goes on after the last.
 
-    The rows hold nothing that differs from run to run (no times, no host), so that a resumed file equals, bit for bit,
+    The steps hold nothing that differs from run to run (no times, no host), so that a resumed file equals, bit for bit,
     that of a run that was never stopped.
     """
 
     def __init__(self, path: str | Path | None, header: dict[str, Any]) -> None:
-        """Open the log of a computation, or start it. Without a path the rows live in memory only.
+        """Open the log of a computation, or start it. Without a path the steps live in memory only.
 
         Raises:
             HeadlabError: the file was begun for another computation.
         """
         self.path = None if path is None else Path(path)
-        self.rows: list[dict[str, Any]] = []
+        self.done: list[dict[str, Any]] = []
         header = json.loads(json.dumps(header))  # as it will read back: tuples become lists
         if self.path is None:
             return
         if self.path.exists():
-            self.rows = self._read(header)
+            self.done = self._read(header)
         else:
             self._append(header)
 
@@ -210,11 +210,11 @@ class RowLog:
             self._append(header)
         return lines[1:]
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a finished row and have it on disk before going on."""
-        self.rows.append(row)
+    def append(self, step: dict[str, Any]) -> None:
+        """Add a finished step and have it on disk before going on."""
+        self.done.append(step)
         if self.path is not None:
-            self._append(row)
+            self._append(step)
 
     def _append(self, data: dict[str, Any]) -> None:
         assert self.path is not None
@@ -225,7 +225,7 @@ class RowLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            message = f"could not write {self.path}: {_reason(error)}; run again to go on from the last row"
+            message = f"could not write {self.path}: {_reason(error)}; run again to go on from the last step"
             raise HeadlabError(message) from error
 
 

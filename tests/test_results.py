@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from headlab import results
 from headlab.errors import HeadlabError
-from headlab.results import Result, RowLog, building, write
+from headlab.results import Result, StepLog, building, write
 from headlab.scores import HeadScores
 
 HEADER = {"method": "ablation", "seed": 3, "fractions": (0.1, 0.2), "model": {"name": "größer"}}
@@ -150,9 +150,9 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results.os, "fsync", lambda _: None)
 
 
-def finish(path: Path | None, header: dict = HEADER) -> RowLog:
-    log = RowLog(path, header)
-    for row in ROWS[len(log.rows) :]:
+def finish(path: Path | None, header: dict = HEADER) -> StepLog:
+    log = StepLog(path, header)
+    for row in ROWS[len(log.done) :]:
         log.append(row)
     return log
 
@@ -164,7 +164,7 @@ def test_a_log_killed_at_any_byte_ends_as_if_never_killed(tmp_path: Path) -> Non
     path = tmp_path / "killed.jsonl"
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
-        begun = RowLog(path, HEADER)
+        begun = StepLog(path, HEADER)
         assert len(begun.rows) == max(0, whole[:size].count(b"\n") - 1)
         assert finish(path).rows == ROWS
         assert path.read_bytes() == whole
@@ -183,14 +183,14 @@ JSON = st.recursive(
 def test_a_log_gives_back_any_rows(tmp_path_factory: pytest.TempPathFactory, rows: list[dict], cut: float) -> None:
     path = tmp_path_factory.mktemp("log") / "rows.jsonl"
     header, *rows = rows
-    for log in (RowLog(path, header), RowLog(None, header)):
+    for log in (StepLog(path, header), StepLog(None, header)):
         for row in rows:
             log.append(row)
-        assert log.rows == rows
+        assert log.done == rows
     whole = path.read_bytes()
     path.write_bytes(whole[: int(cut * len(whole))])
-    log = RowLog(path, header)
-    for row in rows[len(log.rows) :]:
+    log = StepLog(path, header)
+    for row in rows[len(log.done) :]:
         log.append(row)
     assert path.read_bytes() == whole
 
@@ -200,7 +200,7 @@ def test_a_log_of_another_computation_is_left_alone(tmp_path: Path) -> None:
     before = path.read_bytes()
     other = HEADER | {"seed": 4, "model": {"name": "other"}, "new": 1}
     with pytest.raises(HeadlabError, match=r"differs in: model, new, seed\)"):
-        RowLog(path, other)
+        StepLog(path, other)
     assert path.read_bytes() == before
 
 
@@ -209,7 +209,7 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path: Path, content: bytes) -> 
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
     with pytest.raises(HeadlabError, match="is not a log of headlab"):
-        RowLog(path, HEADER)
+        StepLog(path, HEADER)
     assert path.read_bytes() == content
 
 
@@ -228,7 +228,7 @@ def test_a_log_without_a_path_writes_nothing(tmp_path: Path, monkeypatch: pytest
     assert finish(None).rows == ROWS
     assert names(tmp_path) == []
     with pytest.raises(HeadlabError, match="could not read"):
-        RowLog(tmp_path, HEADER)
+        StepLog(tmp_path, HEADER)
 
 
 GOOD = {"headlab": 1, "kind": "scores", "record": {}, "heads": None, "rows": [[1.0]], "columns": {}}

@@ -26,7 +26,7 @@ from ..hooks.masking import masked
 from ..hooks.sites import Pass, at_sites, first_broken, replaying
 from ..models.access import describe, evaluating, head_rows, inner, rows
 from ..models.attention_modules import Attention, child
-from ..results import RowLog
+from ..results import StepLog
 from ..scores import HeadScores
 
 ALPHA = 0.01  # the significance level of Michel et al. 2019, tables 1 to 3
@@ -90,7 +90,7 @@ def ablation(
         "fill": None if fill is None else fill.record,
         "site": site,
     }
-    steps = RowLog(log, record)
+    steps = StepLog(log, record)
     changes = _changes(model, data, loss or own_loss, keep_one, fill, site, steps, heads_per_pass)
     columns = _statistics(changes)
     values = columns["change"]
@@ -125,12 +125,12 @@ def _changes(
     keep_one: bool,
     fill: Fill | None,
     site: str,
-    steps: RowLog,
+    steps: StepLog,
     heads_per_pass: int | None,
 ) -> list[np.ndarray]:
     """Loss with the head removed minus loss with it, per row: [example, head]."""
     found = [row for row in rows(model, site) if row.slots]
-    done = {(step["batch"], step["row"]): step["change"] for step in steps.rows}
+    done = {(step["batch"], step["row"]): step["change"] for step in steps.done}
     total = sum(len(row.heads) for row in found) * len(data)
     finished = sum(len(change[0]) for change in done.values())
     bar = tqdm(total=total, initial=finished, desc="ablation", unit="head", disable=None)

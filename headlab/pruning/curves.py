@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -19,7 +19,7 @@ from ..errors import HeadlabError
 from ..hooks.fills import Fill, check_fill
 from ..hooks.masking import masked
 from ..models.access import describe, evaluating, fingerprint, head_rows, heads
-from ..results import Result, RowLog
+from ..results import Result, StepLog
 from ..scores import Head, HeadMask, HeadScores, Unit
 
 if TYPE_CHECKING:
@@ -165,24 +165,24 @@ def pruning_curve(
         "site": site,
     }
     n_units = len(first.units(unit))
-    log_of_rows = RowLog(log, record)
-    removed = [names[name] for name in log_of_rows.rows[-1]["removed"]] if log_of_rows.rows else []
-    bar = tqdm(total=len(steps), initial=len(log_of_rows.rows), desc="pruning curve", unit="step", disable=None)
+    step_log = StepLog(log, record)
+    removed = [names[name] for name in step_log.done[-1]["removed"]] if step_log.done else []
+    bar = tqdm(total=len(steps), initial=len(step_log.done), desc="pruning curve", unit="step", disable=None)
     with bar, evaluating(model):
-        for fraction in steps[len(log_of_rows.rows) :]:
+        for fraction in steps[len(step_log.done) :]:
             order = first
             if estimate is not None and removed:
-                with masked(model, _mask(names.values(), removed), fill, site):
+                with masked(model, HeadMask.without(names.values(), removed), fill, site):
                     order = _fitted(estimate(model), model, site)
             removed = _remove(order, removed, round(fraction * n_units), unit)
-            with masked(model, _mask(names.values(), removed), fill, site), torch.inference_mode():
+            with masked(model, HeadMask.without(names.values(), removed), fill, site), torch.inference_mode():
                 measured = _measure(model, data, loss or own_loss, metric)
-            log_of_rows.append({"fraction": fraction, "removed": [str(head) for head in removed]} | measured)
+            step_log.append({"fraction": fraction, "removed": [str(head) for head in removed]} | measured)
             bar.update()
-    rows = log_of_rows.rows
-    losses = np.array([row["losses"] for row in rows]) if metric is None else np.zeros(0)
-    values = losses.mean(1) if metric is None else np.array([row["value"] for row in rows])
-    return Curve([row["removed"] for row in rows], values, losses, len(names), record)
+    done = step_log.done
+    losses = np.array([step["losses"] for step in done]) if metric is None else np.zeros(0)
+    values = losses.mean(1) if metric is None else np.array([step["value"] for step in done])
+    return Curve([step["removed"] for step in done], values, losses, len(names), record)
 
 
 def _fitted(scores: HeadScores, model: nn.Module, site: str) -> HeadScores:
@@ -195,10 +195,6 @@ def _ranking(scores: HeadScores, unit: Unit) -> str:
     """Twelve hex digits that tell orders apart, for scores made by hand have no record."""
     names = [str(head) for members, _ in scores.units(unit) for head in members]
     return hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
-
-
-def _mask(every: Iterable[Head], removed: Sequence[Head]) -> HeadMask:
-    return HeadMask.without(every, removed)
 
 
 def _remove(order: HeadScores, removed: Sequence[Head], n: int, unit: Unit) -> list[Head]:

@@ -23,7 +23,7 @@ from ..errors import HeadlabError
 from ..loading import load
 from ..models.access import describe
 from ..pruning.curves import TENTHS, Curve, pruning_curve
-from ..results import Result, RowLog
+from ..results import Result, StepLog
 from ..scores import HeadScores
 
 if TYPE_CHECKING:
@@ -181,8 +181,8 @@ def profile(
             of_data = {"data": describe_data(data), "scored on": describe_data(other)}
             if not record:
                 record = options | of_data
-                log_of_rows = RowLog(log, record)
-                done = list(log_of_rows.rows)
+                step_log = StepLog(log, record)
+                done = list(step_log.done)
             if {key: record[key] for key in of_data} != of_data:
                 raise HeadlabError(f"the checkpoint {name} turns the texts into other tokens than the first one did")
             if name in (row["name"] for row in rows):
@@ -199,7 +199,7 @@ def profile(
                 _check_heads(name, scores, rows)
                 curve = pruning_curve(model, scores, data, fractions, loss=None if metric else loss, metric=metric)
                 row = _saved(name, scores, curve)
-                log_of_rows.append(row)
+                step_log.append(row)
             rows.append(row)
             bar.update()
             del model  # before the next one is opened

@@ -20,7 +20,7 @@ from headlab.hooks.fills import Fill
 from headlab.hooks.masking import Gates, masked
 from headlab.hooks.sites import first_broken
 from headlab.models.access import describe, evaluating, inner
-from headlab.results import Result, RowLog
+from headlab.results import Result, StepLog
 from headlab.scores import HeadMask
 
 from ..language.contexts import Context
@@ -187,8 +187,8 @@ def evaluate(
     bar = tqdm(total=len(encoded), desc="evaluate", unit="context", disable=None)
     gated = nullcontext() if mask is None else masked(model, mask, fill, site)
     with bar, evaluating(model), torch.inference_mode(), gated:  # a mask that does not fit is an error before a log is begun
-        steps = RowLog(log, record)
-        done = {step["batch"]: step["answers"] for step in steps.rows}
+        steps = StepLog(log, record)
+        done = {step["batch"]: step["answers"] for step in steps.done}
         for number, members in enumerate(groups):
             if number not in done:
                 done[number] = _judge(model, [encoded[i] for i in members], padding)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from headlab.errors import HeadlabError
-from headlab.results import Result, RowLog
+from headlab.results import Result, StepLog
 from headlab.version import __version__
 
 from .ground_truth import compare
@@ -110,13 +110,13 @@ def study(
     if seeds < 1:
         raise HeadlabError(f"{seeds} seeds: at least one")
     machine = {"torch": torch.__version__, "device": _device(device)}
-    rows = RowLog(log, {"what": "probes", "version": __version__} | machine)
-    done = {row["run"] for row in rows.rows}
+    steps = StepLog(log, {"what": "probes", "version": __version__} | machine)
+    done = {row["run"] for row in steps.done}
     points = (point for name in names for point in STUDIES[name](SIZES[size], range(seeds)))
     todo = {key: point.run for point in points if (key := identity(point.run)) not in done}
     for outcome in train(list(todo.values()), device, beside=beside, checks=5):
-        rows.append(measured(outcome))
-    found = collected(names, size, seeds, rows.rows)
+        steps.append(measured(outcome))
+    found = collected(names, size, seeds, steps.done)
     return ProbeResults(found, {"studies": list(names), "size": size, "seeds": seeds} | machine)
 
 
