@@ -20,9 +20,9 @@ from transformers.models.auto import modeling_auto
 
 from .dcmha.attachment import COMPOSED, ComposedModel
 from .errors import HeadlabError
-from .models.access import evaluating, probe_batch, restored, tokenizer
+from .models.access import bare_copy, evaluating, probe_batch, tokenizer
 from .models.families import families
-from .models.variants import PRUNED, base_of, unwrapped
+from .models.variants import PRUNED, base_name, base_of
 from .pruning.narrowed import PRUNING
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def load(
         HeadlabError: there is no such model, it cannot be read, or it wants to run code of its own.
     """
     if isinstance(model, nn.Module):
-        found = restored(model)
+        found = bare_copy(model)
     else:
         found = _from_pretrained(str(model), dtype)
     found.eval()
@@ -72,7 +72,7 @@ def _from_pretrained(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
 def _config(name: str) -> Any:
     """The config of a model, of whose type transformers may yet have to be told."""
     model_type = str(PretrainedConfig.get_config_dict(name)[0].get("model_type"))
-    base, made = unwrapped(model_type)
+    base, made = base_name(model_type)
     for home in entry_points(group="headlab.models", name=base):  # installed packages that bring models of their own
         home.load()
     if PRUNING in made:
@@ -82,7 +82,7 @@ def _config(name: str) -> Any:
 
 def _class_of(config: Any) -> Any:
     """The class that a checkpoint was saved from; a bare or unknown one opens as `AutoModel`."""
-    name, made = unwrapped((config.architectures or ["AutoModel"])[0])  # PrunedLlamaForCausalLM: a pruned Llama ...
+    name, made = base_name((config.architectures or ["AutoModel"])[0])  # PrunedLlamaForCausalLM: a pruned Llama ...
     base = type(config)
     for _ in made:
         base = base_of(base)
@@ -112,7 +112,7 @@ def bridge(model: nn.Module) -> TransformerBridge:
     """
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    plain = restored(model)
+    plain = bare_copy(model)
     name = type(plain).__name__.removeprefix("Pruned")
     wrapped = copy.deepcopy(plain)
     if isinstance(plain, ComposedModel):  # its attention implementation stays, whose patterns have hook points of their own

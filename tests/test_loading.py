@@ -214,7 +214,7 @@ def test_a_folded_bridge_is_not_the_model() -> None:
     bridge.enable_compatibility_mode()
     assert access.is_folded(bridge)
     assert access.describe(bridge)["weights"] == "folded"
-    for function in (access.restored, hl.load, hl.bridge):
+    for function in (access.bare_copy, hl.load, hl.bridge):
         with pytest.raises(hl.HeadlabError, match="compatibility mode") as caught:
             function(bridge)
         message(caught)

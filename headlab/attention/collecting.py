@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, real_tokens
 from ..data.losses import forward
 from ..hooks.patterns import Look, at_patterns
-from ..models.access import evaluating, inner, rows, tokenizer
+from ..models.access import bare_model, evaluating, rows, tokenizer
 from ..models.attention_modules import Attention, bare
 from ..scores import Head, Heads, Rows
 from .induction import Copying, special_tokens
@@ -134,7 +134,7 @@ def _ids(data: Iterable[Batch]) -> Tensor:
 
 def _rarity(model: nn.Module, data: Iterable[Batch]) -> Tensor:
     """By token number, lower for rarer ones: how often it stands in the data, and then how late in the vocabulary."""
-    root = inner(model)
+    root = bare_model(model)
     ids = _ids(data)
     embeddings: Any = bare(root.get_input_embeddings())
     n_tokens = embeddings.weight.shape[0]
@@ -151,8 +151,10 @@ def _delimiters(model: nn.Module, data: Iterable[Batch]) -> tuple[Tensor, Tensor
             text = str(words.decode([number])).strip(" ")
             if text and set(text) <= DELIMITERS:
                 found.add(number)
-    config: Any = inner(model).config.get_text_config()
+    config: Any = bare_model(model).config.get_text_config()
     ends = [getattr(owner, name, None) for owner in (config, words) for name in ("eos_token_id", "sep_token_id")]
     flat = {n for end in ends if end is not None for n in (end if isinstance(end, (list, tuple)) else [end])}
-    separating, ending = (torch.tensor(sorted(ids), dtype=torch.long, device=inner(model).device) for ids in (found, flat))
+    separating, ending = (
+        torch.tensor(sorted(ids), dtype=torch.long, device=bare_model(model).device) for ids in (found, flat)
+    )
     return separating, ending

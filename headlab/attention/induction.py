@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, context_length
 from ..errors import HeadlabError
 from ..hooks.sites import Pass, at_sites
-from ..models.access import inner, is_folded, rows, tokenizer
+from ..models.access import bare_model, is_folded, rows, tokenizer
 from ..models.attention_modules import Attention, bare
 from ..models.norms import final_norm, gain, norm_after
 from ..models.projections import projections
@@ -24,7 +24,7 @@ RANDOM_BATCH = 8  # sequences that go through the model at once
 
 def special_tokens(model: nn.Module) -> set[int]:
     """The numbers of tokens that are no text: the configuration's, and those added to the tokenizer."""
-    config: Any = inner(model).config.get_text_config()
+    config: Any = bare_model(model).config.get_text_config()
     found: set[int] = set()
     for name in ("bos", "eos", "pad", "sep", "cls", "mask", "unk", "decoder_start"):
         number = getattr(config, f"{name}_token_id", None)
@@ -43,7 +43,7 @@ def repeated(model: nn.Module, sequences: int, length: int, seed: int) -> tuple[
     """
     if sequences < 1:
         raise HeadlabError(f"sequences must be at least 1, not {sequences}")
-    root, notes = inner(model), []
+    root, notes = bare_model(model), []
     if (context := context_length(root)) is not None and context < length:
         notes.append(f"random sequences have {context // 2 * 2} tokens instead of {length}, for the model takes no more")
         length = context
@@ -81,7 +81,7 @@ class Copying:
         self.period = period
         self.sums: dict[int, Ratios] = {}
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
-        found = inner(model).get_output_embeddings()
+        found = bare_model(model).get_output_embeddings()
         if found is None or is_folded(model):
             return
         module: Any = bare(found)
@@ -113,7 +113,7 @@ class Copying:
         assert run.tokens is not None
         o, spread = self.written[row.row]
         queries = slice(self.period, 2 * self.period - 1)
-        z = z[:, queries, row.places].to(o.dtype)  # [batch, query, head, d_head]
+        z = z[:, queries, row.head_slots].to(o.dtype)  # [batch, query, head, d_head]
         raised = self.unembedding[run.tokens[:, self.period + 1 :]].to(o.dtype) - self.mean  # [batch, query, d_model]
         logits = (torch.einsum("bqd,hed->bqhe", raised, o) * z).sum(-1)
         deviation = torch.einsum("bqhe,hef,bqhf->bqh", z, spread, z).clamp(min=0).sqrt()

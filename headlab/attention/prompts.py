@@ -17,7 +17,7 @@ from ..data.batches import Batch, count_examples, describe_data, prepare, real_t
 from ..data.losses import forward
 from ..errors import HeadlabError
 from ..hooks.patterns import Look, at_patterns
-from ..models.access import describe, inner, rows, tokenizer
+from ..models.access import bare_model, describe, rows, tokenizer
 from ..models.attention_modules import Attention
 from ..results import FORMAT, Result, read_tensors, write
 from ..scores import Head
@@ -140,7 +140,7 @@ def attention_patterns(model: nn.Module, prompt: str | Batch | Tensor, heads: It
     [batch] = data = prepare(model, [given])
     if (n := count_examples(data)) != 1:
         raise HeadlabError(f"a prompt is one example, but there are {n}: take the patterns of one after the other")
-    if inner(model).config.is_encoder_decoder and not ({"labels", "decoder_input_ids"} & batch.keys()):
+    if bare_model(model).config.is_encoder_decoder and not ({"labels", "decoder_input_ids"} & batch.keys()):
         raise HeadlabError("an encoder-decoder needs both sides: a dict with input_ids and decoder_input_ids (or labels)")
     found = [row for row in rows(model) if row.slots]
     known = {str(head): head for row in found for head in row.heads}
@@ -174,9 +174,9 @@ def attention_patterns(model: nn.Module, prompt: str | Batch | Tensor, heads: It
 
 
 def _as_text(words: Any, numbers: Tensor | None, real: Tensor) -> tuple[str, ...]:
-    """Tokens as text, each for itself; as numbers without a tokenizer; as places where a model was given no tokens."""
+    """Tokens as text, each for itself; as numbers without a tokenizer; as positions where a model was given no tokens."""
     if numbers is None:
-        return tuple(str(place) for place in range(int(real.sum())))
+        return tuple(str(position) for position in range(int(real.sum())))
     ids = numbers[0][real].tolist()
     if words is None:
         return tuple(map(str, ids))

@@ -16,7 +16,7 @@ from ..data.batches import Batch, Batches, describe_data, prepare, real_tokens
 from ..data.losses import forward
 from ..errors import HeadlabError
 from ..hooks.patterns import Look, at_patterns
-from ..models.access import describe, evaluating, inner, rows
+from ..models.access import bare_model, describe, evaluating, rows
 from ..models.attention_modules import Attention
 from ..results import Result
 from ..scores import Head
@@ -37,7 +37,7 @@ class Similarity(Result):
         distances: [head, head], the mean Jensen-Shannon divergence in nats, from 0 (the same pattern) to log 2 (no key in
             common); NaN between stacks (encoder, decoder, cross), whose queries or keys are not the same.
         clusters: of every head, numbered in the order of their first heads; heads of different stacks are never in one.
-        places: [head, 2], a map on which the distance between heads of one stack is about the root of their divergence.
+        points: [head, 2], a map on which the distance between heads of one stack is about the root of their divergence.
         record: how it was made.
     """
 
@@ -45,7 +45,7 @@ class Similarity(Result):
     heads: tuple[Head, ...]
     distances: Float[np.ndarray, "head head"]
     clusters: tuple[int, ...]
-    places: Float[np.ndarray, "head 2"]
+    points: Float[np.ndarray, "head 2"]
     record: dict[str, Any] = field(default_factory=dict)
 
     def nearest(self, head: Head | str, k: int = 5) -> list[tuple[Head, float]]:
@@ -69,15 +69,15 @@ class Similarity(Result):
         return [(self.heads[first[i]], self.heads[second[i]], float(values[i])) for i in order]
 
     def to_frame(self) -> pd.DataFrame:
-        """A table with one line per head: cluster, place on the map, and the nearest head."""
+        """A table with one line per head: cluster, point on the map, and the nearest head."""
         import pandas as pd
 
         lines = []
-        for place, head in enumerate(self.heads):
+        for i, head in enumerate(self.heads):
             close = self.nearest(head, 1)
-            x, y = (float(value) for value in self.places[place])
+            x, y = (float(value) for value in self.points[i])
             line = {"head": str(head), "stack": head.stack, "layer": head.layer, "index": head.index, "group": head.group}
-            line |= {"cluster": self.clusters[place], "x": x, "y": y}
+            line |= {"cluster": self.clusters[i], "x": x, "y": y}
             line |= {"nearest": str(close[0][0]) if close else "", "divergence": close[0][1] if close else np.nan}
             lines.append(line)
         return pd.DataFrame(lines)
@@ -88,7 +88,7 @@ class Similarity(Result):
             "heads": [vars(head) for head in self.heads],
             "distances": [None if np.isnan(x) else x for x in upper.tolist()],
             "clusters": list(self.clusters),
-            "places": self.places.tolist(),
+            "places": self.points.tolist(),
         }
 
     @classmethod
@@ -96,8 +96,8 @@ class Similarity(Result):
         heads = tuple(Head(**head) for head in body["heads"])
         distances = np.zeros((len(heads), len(heads)))
         distances[np.triu_indices(len(heads), 1)] = np.array(body["distances"], dtype=float)
-        places = np.array(body["places"], dtype=float).reshape(len(heads), 2)
-        return cls(heads, distances + distances.T, tuple(body["clusters"]), places, record)
+        points = np.array(body["places"], dtype=float).reshape(len(heads), 2)
+        return cls(heads, distances + distances.T, tuple(body["clusters"]), points, record)
 
     def __repr__(self) -> str:
         return f"Similarity({len(self.heads)} heads in {len(set(self.clusters))} clusters)"
@@ -135,7 +135,7 @@ def similarity(model: nn.Module, batches: Batches, *, queries: int = 256, cluste
     heads: list[Head] = []
     blocks: list[np.ndarray] = []
     labels: list[int] = []
-    places: list[np.ndarray] = []
+    points: list[np.ndarray] = []
     counts: dict[str, int] = {}
     for stack, members in stacks.items():
         own = [head for row in members for head in _compared(row)]
@@ -146,14 +146,14 @@ def similarity(model: nn.Module, batches: Batches, *, queries: int = 256, cluste
         blocks.append(found)
         before = max(labels, default=-1) + 1
         labels += [before + label for label in _clusters(np.sqrt(found), clusters)]
-        places.append(_map(np.sqrt(found)))
+        points.append(_map(np.sqrt(found)))
     distances = np.full((len(heads), len(heads)), np.nan)
     start = 0
     for block in blocks:
         distances[start : start + len(block), start : start + len(block)] = block
         start += len(block)
     record = {"model": describe(model), "data": describe_data(data), "queries": counts, "clusters": clusters, "seed": seed}
-    return Similarity(tuple(heads), distances, tuple(labels), np.concatenate([*places, np.zeros((0, 2))]), record)
+    return Similarity(tuple(heads), distances, tuple(labels), np.concatenate([*points, np.zeros((0, 2))]), record)
 
 
 def divergences(patterns: Float[Tensor, "head query key"]) -> Float[Tensor, "head head"]:
@@ -209,7 +209,7 @@ def _divergences(
     with evaluating(model), torch.inference_mode():
         for number, wanted in tqdm(parts, desc=f"similarity {members[0].stack}".strip(), unit="pass", disable=None):
             kept: list[Tensor] = []
-            examples, positions = torch.tensor(wanted, device=inner(model).device).T
+            examples, positions = torch.tensor(wanted, device=bare_model(model).device).T
 
             def see(row: Attention, look: Look) -> None:
                 rows_of = look.raw[examples, :, positions].transpose(0, 1)  # noqa: B023  # [head, query, key]
@@ -245,19 +245,19 @@ def _clusters(distances: np.ndarray, n: int) -> list[int]:
 
 
 def _map(distances: np.ndarray) -> np.ndarray:
-    """Places [head, 2] at about these distances: classical scaling, improved by SMACOF."""
+    """Points [head, 2] at about these distances: classical scaling, improved by SMACOF."""
     from sklearn.manifold import smacof
 
     n = len(distances)
     if n < 3 or not distances.any():
-        places = np.zeros((n, 2))
-        places[1:, 0] = distances[0, 1:]
-        return places
+        points = np.zeros((n, 2))
+        points[1:, 0] = distances[0, 1:]
+        return points
     squares = distances**2
     centred = squares - squares.mean(0) - squares.mean(1, keepdims=True) + squares.mean()
     values, vectors = np.linalg.eigh(-centred / 2)
     vectors = vectors[:, [-1, -2]]
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), [0, 1]])  # eigenvectors have no sign of their own
     start = vectors * np.sqrt(values[[-1, -2]].clip(1e-12))
-    places, _ = smacof(distances, n_components=2, init=start, n_init=1, random_state=0, normalized_stress=False)
-    return np.round(places, 7)
+    points, _ = smacof(distances, n_components=2, init=start, n_init=1, random_state=0, normalized_stress=False)
+    return np.round(points, 7)

@@ -85,14 +85,14 @@ def offsets(n_queries: int, n_keys: int, device: torch.device) -> Int[Tensor, "q
 def marked(seen: Bool[Tensor, "batch query key"], keys: Text, same: bool) -> Bool[Tensor, "batch query key mark"]:
     """The keys that each of `MARKS` looks for, of those that a query sees."""
     distance = offsets(seen.shape[1], seen.shape[2], seen.device)
-    place = torch.arange(seen.shape[2], device=seen.device)
-    later = place > 0  # weight on the first token is called `first`
+    position = torch.arange(seen.shape[2], device=seen.device)
+    later = position > 0  # weight on the first token is called `first`
     found = torch.zeros(*seen.shape, len(MARKS), dtype=torch.bool, device=seen.device)
 
     def mark(name: str, where: Tensor) -> None:
         found[..., MARKS.index(name)] = where & seen
 
-    mark("first", place == 0)
+    mark("first", position == 0)
     if same:
         for name, wanted in (("previous", 1), ("self", 0), ("next", -1)):
             mark(name, distance == wanted)
@@ -171,12 +171,12 @@ class ByDistance:
         if (more := max(seen.shape[1:]) - self.longest) > 0:
             self.longest += more
             self.sums, self.pairs = np.pad(self.sums, ((0, 0), (more, more))), np.pad(self.pairs, more)
-        place = (offsets(seen.shape[1], seen.shape[2], seen.device) + self.longest - 1).flatten()
+        at = (offsets(seen.shape[1], seen.shape[2], seen.device) + self.longest - 1).flatten()
         sums = torch.zeros(self.sums.shape, dtype=torch.float64, device=pattern.device)
-        self.sums += sums.index_add_(1, place, pattern.sum(0).flatten(1).double()).cpu().numpy()
+        self.sums += sums.index_add_(1, at, pattern.sum(0).flatten(1).double()).cpu().numpy()
         self.squares += torch.linalg.vector_norm(pattern, dim=(0, 2, 3)).double().square().cpu().numpy()
         pairs = torch.zeros(self.pairs.shape, dtype=torch.float64, device=pattern.device)
-        self.pairs += pairs.index_add_(0, place, seen.sum(0).flatten().double()).cpu().numpy()
+        self.pairs += pairs.index_add_(0, at, seen.sum(0).flatten().double()).cpu().numpy()
 
     @property
     def explained(self) -> np.ndarray:

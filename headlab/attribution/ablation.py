@@ -24,8 +24,8 @@ from ..errors import HeadlabError
 from ..hooks.fills import Fill, StandIn, check_fill
 from ..hooks.masking import masked
 from ..hooks.sites import Pass, at_sites, first_broken, replaying
-from ..models.access import describe, evaluating, head_rows, inner, rows
-from ..models.attention_modules import Attention, child
+from ..models.access import bare_model, describe, evaluating, head_rows, rows
+from ..models.attention_modules import Attention, submodule
 from ..results import StepLog
 from ..scores import HeadScores
 
@@ -169,10 +169,10 @@ class _Clean:
     def __init__(self, model: nn.Module, batch: Batch, loss: Loss, number: int, site: str) -> None:
         self.model, self.batch, self.loss, self.number, self.site = model, batch, loss, number, site
         self.found = rows(model, site)
-        root = inner(model)
+        root = bare_model(model)
         self.blocks = {row.row: _block(row.path) for row in self.found}
         self.order = list(dict.fromkeys(self.blocks.values()))  # as they run: encoder, then decoder
-        self.modules = {path: child(root, path) for path in self.order if path}
+        self.modules = {path: submodule(root, path) for path in self.order if path}
         self.outputs: dict[nn.Module, list[Any]] = {}
         self.z: dict[int, Tensor] = {}
         self.passes: dict[int, Pass] = {}
@@ -238,14 +238,14 @@ class _Clean:
             z = self._gated(row, copies, gates, fill).flatten(2)
             patches.enter_context(replaying(row.path))
             if not row.family.core:
-                z = child(row.module, row.family.o)(z)
+                z = submodule(row.module, row.family.o)(z)
             patches.enter_context(_patched(row.core, _constant(_first(output, z))))
             yield
 
     def _gated(self, row: Attention, copies: int, gates: Tensor, fill: Fill | None) -> Tensor:
         z, run = self.z[row.row], self.passes[row.row]
         by_slot = torch.ones(len(gates), len(row.slots), dtype=z.dtype, device=z.device)
-        by_slot[:, row.places] = gates.to(z)
+        by_slot[:, row.head_slots] = gates.to(z)
         by_slot = by_slot.view(copies, -1, 1, len(row.slots), 1)  # [copy, batch, pos, slot, d_head]
         gated = z * by_slot
         if fill is not None:

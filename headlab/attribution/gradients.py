@@ -229,7 +229,7 @@ def _joined(members: Sequence[Attention], of_rows: Sequence[Sequence[tuple[Tenso
         raise HeadlabError(f"the loss runs the model on batches of different sizes, {sorted(sizes)}: make them one")
     slots, offset = [], 0
     for i in filled:
-        slots += [offset + place for place in members[i].places]
+        slots += [offset + slot for slot in members[i].head_slots]
         offset += len(members[i].slots)
     joined = torch.cat(parts, 1)
     return joined if slots == list(range(offset)) else joined[..., slots]
@@ -270,5 +270,5 @@ def _weights_of(row: Attention, head: int) -> Iterator[tuple[str, int, Literal["
             if part == "o":
                 yield family.o, (slots if compose is None else compose.kept["output"]).index(head), "in"
             else:
-                place = slots.index(head) if part == "q" else groups.index(kv)
-                yield getattr(family, part), family.block(part, place, len(slots), len(groups)), "out"
+                at = slots.index(head) if part == "q" else groups.index(kv)
+                yield getattr(family, part), family.block(part, at, len(slots), len(groups)), "out"

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import HeadlabError
-from ..models.access import describe, inner, rows
+from ..models.access import bare_model, describe, rows
 from ..models.attention_modules import Attention, bare, weight_blocks
 from ..models.norms import Norm, approximate, circuits_of, gain, norm_before
 from ..results import Result
@@ -149,7 +149,7 @@ class CompositionScores(_TensorLike, Result):
 
     @property
     def head_labels(self) -> list[str]:
-        """A label for every place along the first two axes of `scores`; of heads that are not there too."""
+        """A label for every index along the first two axes of `scores`; of heads that are not there too."""
         stack = f"{self.sources[0].stack}." if self.sources and self.sources[0].stack else ""
         return [f"{stack}L{layer}H{index}" for layer in self.layer_indices for index in range(self._shape[0])]
 
@@ -160,7 +160,7 @@ class CompositionScores(_TensorLike, Result):
 
     @property
     def _shape(self) -> tuple[int, int]:
-        """Places a layer has along the axes of sources and of readers in `scores`."""
+        """How many indices a layer has along the axes of sources and of readers in `scores`."""
         indices = [head.index for head in self.sources], [head.index for head in self.readers if isinstance(head, Head)]
         if self.what == "M":
             return max(indices[0], default=-1) + 1, len(self._places)
@@ -186,7 +186,7 @@ class CompositionScores(_TensorLike, Result):
         """The k pairs with the highest scores, the best first."""
         flat = self.values.flatten().nan_to_num(-1)
         best = flat.topk(min(k, int((flat >= 0).sum())))
-        ends = (divmod(place, len(self.readers)) for place in best.indices.tolist())
+        ends = (divmod(pair, len(self.readers)) for pair in best.indices.tolist())
         return [
             Pair(self.sources[i], self.readers[j], score, score / self.baseline)
             for (i, j), score in zip(ends, best.values.tolist(), strict=True)
@@ -275,7 +275,7 @@ def map_composition(model: nn.Module, norm: Norm = "raw") -> CompositionScores:
     with torch.no_grad():
         layers = [_map_layer(model, row, norm) for row in _stream(model, "")]
         if not any(layer.ends for layer in layers):
-            name = type(inner(model)).__name__
+            name = type(bare_model(model)).__name__
             raise HeadlabError(f"{name} has no composition maps that read the stream; headlab.dcmha.attach gives it some")
         return _scores(model, "M", norm, layers)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import HeadlabError
-from ..models.access import describe, inner, tokenizer
+from ..models.access import bare_model, describe, tokenizer
 from ..models.attention_modules import Attention, bare
 from ..models.norms import Gain, Norm, approximate, circuits_of, final_norm, gain
 from ..models.positions import learned_positions
@@ -79,8 +79,8 @@ def _rows_times(tokens: Tensor, weight: Tensor) -> Tensor:
 def vocabulary_of(model: nn.Module, row: Attention, norm: Norm) -> Vocabulary:
     """The embedding and unembedding that an attention module's stream begins and ends with, where it has them."""
     why = []
-    d_model = inner(model).config.get_text_config().hidden_size
-    embed, unembed = (_table(inner(model), side, d_model) for side in ("input", "output"))
+    d_model = bare_model(model).config.get_text_config().hidden_size
+    embed, unembed = (_table(bare_model(model), side, d_model) for side in ("input", "output"))
     if embed is None:
         why.append("the stream does not begin with an embedding of tokens")
     if row.stack == "enc" and unembed is not None:
@@ -146,8 +146,8 @@ def top_pairs(
     _, vocabulary, left, right = _sides(model, layer, head, circuit, norm, distance, stack)
     sources = vocabulary.read(left)  # [token, d_head]
     targets = vocabulary.read(right.T) if circuit == "qk" else vocabulary.write(right)  # [token, d_head]
-    values, places = _largest(sources, targets, k)
-    ids = [divmod(place, len(targets)) for place in places.tolist()]
+    values, pairs = _largest(sources, targets, k)
+    ids = [divmod(pair, len(targets)) for pair in pairs.tolist()]
     told = _texts(model)
     import pandas as pd
 
@@ -158,7 +158,7 @@ def top_pairs(
 def _largest(a: Float[Tensor, "source n"], b: Float[Tensor, "target n"], k: int) -> tuple[Tensor, Tensor]:
     """The k largest entries of a b^T, from the largest down, and where they lie in it, counted row by row."""
     step, width = max(1, _BLOCK // len(b)), len(b)
-    best, places = a.new_zeros(0), torch.zeros(0, dtype=torch.long, device=a.device)
+    best, pairs = a.new_zeros(0), torch.zeros(0, dtype=torch.long, device=a.device)
     for start in tqdm(range(0, len(a), step), desc="pairs", unit="block", disable=None if len(a) > step else True):
         block = a[start : start + step] @ b.T  # [row, target]
         tops = block.amax(1)
@@ -170,10 +170,10 @@ def _largest(a: Float[Tensor, "source n"], b: Float[Tensor, "target n"], k: int)
             continue
         found = block[rows].topk(min(k, width), dim=1)  # [row, k]
         at = ((rows + start)[:, None] * width + found.indices).flatten()
-        both, where = torch.cat([best, found.values.flatten()]), torch.cat([places, at])
+        both, where = torch.cat([best, found.values.flatten()]), torch.cat([pairs, at])
         order = both.argsort(descending=True, stable=True)[:k]
-        best, places = both[order], where[order]
-    return best, places
+        best, pairs = both[order], where[order]
+    return best, pairs
 
 
 def _texts(model: nn.Module) -> Any:

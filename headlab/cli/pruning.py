@@ -201,7 +201,7 @@ def prune(
 
     from ..hooks.fills import Fill
     from ..hooks.masking import masked
-    from ..models.access import inner, probe_batch, tokenizer
+    from ..models.access import bare_model, probe_batch, tokenizer
     from ..pruning.surgery import kept, save_pruned
     from ..pruning.surgery import prune as pruned
 
@@ -213,8 +213,8 @@ def prune(
     batch = probe_batch(loaded)
     with torch.inference_mode():
         with masked(loaded, mask, means, site):
-            expected = inner(loaded)(**batch)[0]
-        difference = (inner(small)(**batch)[0] - expected).abs().max().item()
+            expected = bare_model(loaded)(**batch)[0]
+        difference = (bare_model(small)(**batch)[0] - expected).abs().max().item()
     target = to or out / results_folder.named("pruned", site)
     save_pruned(small, target, tokenizer(loaded))
     mask.save(out / f"{target.name}-mask.json")

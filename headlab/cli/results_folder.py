@@ -74,9 +74,9 @@ def prompts(model: nn.Module, prompts: list[str]) -> Any:
         raise HeadlabError("no tokenizer lies beside the model: give the prompt as token numbers, as in '5 7 11'") from None
     import torch
 
-    from ..models.access import inner
+    from ..models.access import bare_model
 
-    known = inner(model).config.get_text_config().vocab_size
+    known = bare_model(model).config.get_text_config().vocab_size
     if unknown := [token for tokens in numbers for token in tokens if not 0 <= token < known]:
         raise HeadlabError(f"the prompt has the token {unknown[0]}, but the model has {known}, from 0 to {known - 1}")
     return [{"input_ids": torch.tensor([tokens])} for tokens in numbers]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import HeadlabError
-from ..models.access import inner, tokenizer
+from ..models.access import bare_model, tokenizer
 from ..models.variants import PRUNED
 
 Batch = dict[str, Tensor]
@@ -35,7 +35,7 @@ def prepare(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
         raise HeadlabError("there are no batches: expected at least one dict with input_ids, or one string")
     if all(isinstance(text, str) for text in given):
         given = _tokenized(model, given)
-    root = inner(model)
+    root = bare_model(model)
     context = context_length(root)
     prepared = []
     for number, batch in enumerate(given):

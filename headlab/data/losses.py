@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import HeadlabError
-from ..models.access import inner
+from ..models.access import bare_model
 from .batches import IGNORED, Batch, count_examples, real_tokens
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -40,7 +40,7 @@ def check_losses(losses: Tensor, batch: Batch) -> Tensor:
 
 def forward(model: nn.Module, batch: Batch) -> Any:
     """The model's output for a batch, without what only a loss needs: with labels, transformers edits a config."""
-    root = inner(model)
+    root = bare_model(model)
     makes_input = type(root).__name__.endswith(("ForConditionalGeneration", "EncoderDecoderModel"))  # from labels
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if makes_input or name not in _LABELS}
     if "use_cache" in inspect.signature(root.forward).parameters:
@@ -56,7 +56,7 @@ def own_loss(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
     Raises:
         HeadlabError: the model has no loss of its own, or the batch no labels; the message says what to pass.
     """
-    root = inner(model)
+    root = bare_model(model)
     kind = loss_kind(model)
     if kind != "ForCausalLM" and not all(name in batch for name in _NEEDED[kind]):
         raise HeadlabError(f"a batch for {type(root).__name__} needs {' and '.join(_NEEDED[kind])}, or pass your own loss=")
@@ -105,7 +105,7 @@ _NEEDED = {
 
 def loss_kind(model: nn.Module) -> str:
     """Which loss a model has, by transformers' ending of its class: `ForCausalLM`, `ForMaskedLM` ..."""
-    name = type(inner(model)).__name__
+    name = type(bare_model(model)).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "ForCausalLM"
     kind = next((kind for kind in _NEEDED if name.endswith(kind)), None)

@@ -46,7 +46,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from ..errors import HeadlabError
-from ..models.attention_modules import attentions, child
+from ..models.attention_modules import attentions, submodule
 from .attachment import IMPLEMENTATION
 from .bridge_components import (
     ComposedAttentionBridge,
@@ -75,7 +75,7 @@ class ComposedAdapter(ArchitectureAdapter):
         hf_model.config.output_attentions = False  # `boot_transformers` sets it
         path = maps_path(cast("Any", self.component_mapping)["blocks"].submodules["attn"])
         modules = (self.get_component(hf_model, f"blocks.{i}.attn") for i in range(self.cfg.n_layers))
-        maps: list[Any] = [child(module, path) for module in modules]
+        maps: list[Any] = [submodule(module, path) for module in modules]
         self._plain = [compose.trivial and len(set(map(tuple, compose.kept.values()))) == 1 for compose in maps]
 
     def preprocess_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from ..models.attention_modules import child, weight_blocks
+from ..models.attention_modules import submodule, weight_blocks
 from ..models.families import Family, families
 from .branches import SCORE_TAPS
 
@@ -75,7 +75,7 @@ class ComposedAttentionBridge(AttentionBridge):
     @property
     def compose(self) -> Any:
         """The maps of the layer, a module of the wrapped one."""
-        return child(cast("nn.Module", self.original_component), maps_path(self))
+        return submodule(cast("nn.Module", self.original_component), maps_path(self))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped module returns, its first output through `hook_out`."""
@@ -84,9 +84,9 @@ class ComposedAttentionBridge(AttentionBridge):
         else:
             x = kwargs.pop("hidden_states")
         x = self.hook_in(x)
-        with ExitStack() as stack:
+        with ExitStack() as hooks:
             for module, hook in self._hooks(x):
-                stack.callback(module.register_forward_hook(hook).remove)
+                hooks.callback(module.register_forward_hook(hook).remove)
             output = cast("nn.Module", self.original_component)(x, *args, **kwargs)
         if isinstance(output, tuple):
             return (self.hook_out(output[0]), *output[1:])

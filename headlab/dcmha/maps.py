@@ -51,24 +51,24 @@ class CompositionMaps(Result):
     """Composition maps of texts. A map is [head from, head to], in float32; `heads` says which heads these are.
 
     `layer` is the number of a layer (of `layers`); `stage` is `pre` (scores) or `post` (probabilities); `query`, `key`
-    and `example` are places in the input, from its end if negative. All pairs of real tokens have maps, those that
+    and `example` are positions in the input, from its end if negative. All pairs of real tokens have maps, those that
     attention masks as well; means are over the visible ones. Every method raises `HeadlabError` where there is no such
     layer, stage, branch, example or token.
 
     Attributes:
-        stack: what was read, layer by layer.
+        by_layer: what was read, layer by layer.
         record: how it was made: the model, the data, and the tokens (as text, where the model has a tokenizer).
     """
 
     kind = "maps"
-    stack: tuple[LayerMaps, ...]
+    by_layer: tuple[LayerMaps, ...]
     record: dict[str, Any] = field(default_factory=dict)
     _found: dict[tuple[int, str], Moments] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def layers(self) -> list[int]:
         """The numbers of the layers."""
-        return [layer.layer for layer in self.stack]
+        return [layer.layer for layer in self.by_layer]
 
     def heads(self, layer: int, stage: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The heads that the rows (from) and columns (to) of a map stand for, by original number."""
@@ -179,7 +179,7 @@ class CompositionMaps(Result):
         """Write the factors to a safetensors file, in one step. Returns the path."""
         tensors: dict[str, Tensor] = {}
         layers = []
-        for i, layer in enumerate(self.stack):
+        for i, layer in enumerate(self.by_layer):
             tensors[f"{i}.real"] = layer.real.clone()
             stages = {}
             for stage, maps in layer.stages.items():
@@ -193,7 +193,7 @@ class CompositionMaps(Result):
     def load(cls, path: str | Path) -> Self:
         """Read maps from their safetensors file."""
         meta, tensors = read_tensors(path, cls.kind, "holds no composition maps")
-        stack = []
+        by_layer = []
         for i, about in enumerate(json.loads(meta["layers"])):
             stages = {}
             for stage, (sources, targets, per_group, residual) in about.pop("stages").items():
@@ -201,17 +201,17 @@ class CompositionMaps(Result):
                 query, key = (Side(*(tensors.get(f"{start}.{side}.{name}") for name in FACTORS)) for side in SIDES)
                 ends = tuple(sources), tuple(targets)
                 stages[stage] = StageMaps(*ends, per_group, residual, tensors.get(f"{start}.base"), query, key)
-            stack.append(LayerMaps(**about, real=tensors[f"{i}.real"], stages=stages))
-        return cls(tuple(stack), json.loads(meta["record"]))
+            by_layer.append(LayerMaps(**about, real=tensors[f"{i}.real"], stages=stages))
+        return cls(tuple(by_layer), json.loads(meta["record"]))
 
     def __repr__(self) -> str:
-        real = self.stack[0].real
-        return f"CompositionMaps({len(self.stack)} layers, {len(real)} examples, {int(real.sum())} tokens)"
+        real = self.by_layer[0].real
+        return f"CompositionMaps({len(self.by_layer)} layers, {len(real)} examples, {int(real.sum())} tokens)"
 
     # --- inside
 
     def _layer(self, layer: int) -> LayerMaps:
-        for found in self.stack:
+        for found in self.by_layer:
             if found.layer == layer:
                 return found
         names = ", ".join(map(repr, self.layers))
@@ -226,17 +226,17 @@ class CompositionMaps(Result):
     def _part(self, layer: int, stage: str, part: str, query: int, key: int, example: int) -> Tensor:
         maps, real = self._stage(layer, stage), self._layer(layer).real
         n_examples, n_pos = real.shape
-        for name, place, n in (("example", example, n_examples), ("query", query, n_pos), ("key", key, n_pos)):
-            if not -n <= place < n:
-                raise HeadlabError(f"there is no {name} {place}: the maps are of {n_examples} examples of {n_pos} tokens")
-            if name != "example" and not real[example, place]:
-                raise HeadlabError(f"{name} {place} of example {example} is padding, whose maps mean nothing")
+        for name, at, n in (("example", example, n_examples), ("query", query, n_pos), ("key", key, n_pos)):
+            if not -n <= at < n:
+                raise HeadlabError(f"there is no {name} {at}: the maps are of {n_examples} examples of {n_pos} tokens")
+            if name != "example" and not real[example, at]:
+                raise HeadlabError(f"{name} {at} of example {example} is padding, whose maps mean nothing")
         if part not in maps.of("query") + maps.of("key"):
             return maps.constant(part) if part in PARTS[:2] else torch.zeros_like(maps.same)
         return maps.tokens(part, example, [query if part.startswith("query") else key])[0]
 
-    def _whole(self, layer: int, stage: str, *places: int) -> Tensor:
-        return torch.stack([self._part(layer, stage, part, *places) for part in PARTS]).sum(0)
+    def _whole(self, layer: int, stage: str, *pair: int) -> Tensor:
+        return torch.stack([self._part(layer, stage, part, *pair) for part in PARTS]).sum(0)
 
     def _moments(self, layer: int, stage: str) -> Moments:
         maps = self._stage(layer, stage)
@@ -285,10 +285,10 @@ def composition_maps(model: nn.Module, tokens: Tensor | Batch | str | Batches) -
                     raise HeadlabError(
                         f"a forward pass went {len(sides) - number + 1} times through the maps of {row.path}, not once"
                     )
-        stack = tuple(_layer_maps(row, sides, data) for row, sides in zip(found, passes, strict=True))
+        by_layer = tuple(_layer_maps(row, sides, data) for row, sides in zip(found, passes, strict=True))
     record = {"model": describe(model), "data": describe_data(data), "tokens": _texts(model, data)}
     scales = {row.path: changed for row in found if (changed := _changed(row.compose))}
-    return CompositionMaps(stack, record | ({"scale": scales} if scales else {}))
+    return CompositionMaps(by_layer, record | ({"scale": scales} if scales else {}))
 
 
 @contextmanager

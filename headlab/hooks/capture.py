@@ -60,9 +60,9 @@ def capture(
 
     def carried(row: Attention, z: Float[Tensor, "batch pos slot d_head"], _: Pass) -> None:
         if what == "z":
-            return keep(row, lambda i: z[:, :, row.places[i]])
+            return keep(row, lambda i: z[:, :, row.head_slots[i]])
         blocks = weight_blocks(row.projection(row.family.o), row.d_head, "in")  # [slot, d_head, d_model]
-        return keep(row, lambda i: z[:, :, row.places[i]] @ blocks[row.places[i]])
+        return keep(row, lambda i: z[:, :, row.head_slots[i]] @ blocks[row.head_slots[i]])
 
     def seen(row: Attention, look: Look) -> None:
         values = look.pattern if look.scores is None else look.scores

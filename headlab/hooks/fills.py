@@ -93,7 +93,7 @@ class StandIn:
 
     def __call__(self, row: Attention, z: Tensor, run: Pass) -> Tensor:
         by_slot = torch.zeros_like(z)
-        by_slot[:, :, row.places] = self._by_head(row, run).to(z)
+        by_slot[:, :, row.head_slots] = self._by_head(row, run).to(z)
         return by_slot
 
     def _by_head(self, row: Attention, run: Pass) -> Tensor:
@@ -126,7 +126,7 @@ def _draw(key: int, keys: list[int], seed: int) -> int:
 
 
 def example_keys(run: Pass) -> list[int]:
-    """A number per example that its real tokens determine (its place in the batch, where there are no tokens)."""
+    """A number per example that its real tokens determine (its number in the batch, where there are no tokens)."""
     if run.tokens is None:
         return list(range(len(run.positions)))
     pairs = zip(run.tokens.cpu(), run.real.cpu(), strict=True)
@@ -164,13 +164,13 @@ def fill(
     counts = [torch.zeros(0, dtype=torch.float64) for _ in found]
 
     def add(row: Attention, z: Tensor, run: Pass, real: Tensor) -> None:
-        outputs = z.detach()[:, :, row.places][real].double().cpu()  # [token, head, d_head]
-        places = run.positions[real].cpu() if per_position else torch.zeros(len(outputs), dtype=torch.long)
-        missing = max(0, int(places.max()) + 1 - len(counts[row.row]))
+        outputs = z.detach()[:, :, row.head_slots][real].double().cpu()  # [token, head, d_head]
+        at = run.positions[real].cpu() if per_position else torch.zeros(len(outputs), dtype=torch.long)
+        missing = max(0, int(at.max()) + 1 - len(counts[row.row]))
         sums[row.row] = torch.cat([sums[row.row], sums[row.row].new_zeros(missing, *outputs.shape[1:])])
         counts[row.row] = torch.cat([counts[row.row], counts[row.row].new_zeros(missing)])
-        sums[row.row].index_add_(0, places, outputs)
-        counts[row.row].index_add_(0, places, torch.ones(len(places), dtype=torch.float64))
+        sums[row.row].index_add_(0, at, outputs)
+        counts[row.row].index_add_(0, at, torch.ones(len(at), dtype=torch.float64))
 
     _run(model, data, add)
     means = [(s / n[:, None, None]).float() for s, n in zip(sums, counts, strict=True)]
@@ -186,7 +186,7 @@ def _resample(model: nn.Module, data: list[dict[str, Tensor]], found: Sequence[A
     keys: list[list[int]] = [[] for _ in found]
 
     def keep(row: Attention, z: Tensor, run: Pass, real: Tensor) -> None:
-        for example, its_real, key in zip(z.detach()[:, :, row.places], real, example_keys(run), strict=True):
+        for example, its_real, key in zip(z.detach()[:, :, row.head_slots], real, example_keys(run), strict=True):
             if key not in keys[row.row] and its_real.any():
                 keys[row.row].append(key)
                 outputs[row.row].append(example[its_real].float().cpu())

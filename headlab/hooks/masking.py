@@ -69,7 +69,7 @@ def masked(model: nn.Module, mask: Gates, fill: Fill | None = None, site: str = 
 def _by_slot(row: Attention, gates: Tensor, z: Tensor) -> Tensor:
     """Gates of heads, [head] or [batch, head], as gates of slots that multiply z, [batch or 1, 1, slot, 1]."""
     by_slot = torch.ones(*gates.shape[:-1], len(row.slots), dtype=z.dtype)
-    by_slot[..., row.places] = gates.to("cpu", z.dtype)
+    by_slot[..., row.head_slots] = gates.to("cpu", z.dtype)
     return by_slot.view(-1, 1, len(row.slots), 1).to(z.device)
 
 

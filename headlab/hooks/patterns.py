@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from ..errors import HeadlabError
-from ..models.access import inner, rows
+from ..models.access import bare_model, rows
 from ..models.attention_modules import Attention
 from .sites import Pass, at_sites
 
@@ -70,20 +70,20 @@ def at_patterns(
     Raises:
         HeadlabError: a forward pass ended and a module had not shown its pattern (or its scores).
     """
-    root = inner(model)
+    root = bare_model(model)
     looked = [row for row in (rows(model) if wanted is None else wanted) if row.slots]
     passes = _Passes()
-    with ExitStack() as stack:
-        stack.enter_context(_without_dropout(root))
+    with ExitStack() as hooks:
+        hooks.enter_context(_without_dropout(root))
         if any(row.compose is None for row in looked):
-            stack.enter_context(_eager(root))
-        softmax = stack.enter_context(_Softmax()) if scores else None
-        stack.enter_context(at_sites(model, passes.computed, looked))
+            hooks.enter_context(_eager(root))
+        softmax = hooks.enter_context(_Softmax()) if scores else None
+        hooks.enter_context(at_sites(model, passes.computed, looked))
         for row in looked:
             for handle in _hook(row, see, passes, softmax):
-                stack.callback(handle.remove)
-        stack.callback(root.register_forward_pre_hook(passes.begin, with_kwargs=True).remove)
-        stack.callback(root.register_forward_hook(passes.end).remove)
+                hooks.callback(handle.remove)
+        hooks.callback(root.register_forward_pre_hook(passes.begin, with_kwargs=True).remove)
+        hooks.callback(root.register_forward_hook(passes.end).remove)
         yield
 
 
@@ -123,9 +123,9 @@ def _hook(
         else:
             pattern, raw = taps.pop("pattern"), taps.pop("pattern_raw")
         scores = None if softmax is None else softmax.taken(row, raw)
-        if row.compose is None and row.places != list(range(len(row.slots))):  # padding, or groups in another order
-            pattern = raw = pattern[:, row.places]
-            scores = None if scores is None else scores[:, row.places]
+        if row.compose is None and row.head_slots != list(range(len(row.slots))):  # padding, or groups in another order
+            pattern = raw = pattern[:, row.head_slots]
+            scores = None if scores is None else scores[:, row.head_slots]
         see(row, Look(pattern, raw, scores, run))
 
     def drop(_: nn.Module, __: Any, output: Any) -> Any:

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..errors import HeadlabError
-from ..models.access import inner, rows
-from ..models.attention_modules import Attention, bare, child
+from ..models.access import bare_model, rows
+from ..models.attention_modules import Attention, bare, submodule
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ _hooked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many con
 
 def is_hooked(model: nn.Module) -> bool:
     """Whether the model is inside `at_sites` right now."""
-    return _hooked.get(inner(model), 0) > 0
+    return _hooked.get(bare_model(model), 0) > 0
 
 
 @contextmanager
@@ -71,20 +71,20 @@ def at_sites(model: nn.Module, edit: Edit, wanted: Sequence[Attention] | None = 
     Raises:
         HeadlabError: a forward pass ended and a site had not fired.
     """
-    root = inner(model)
+    root = bare_model(model)
     hooked = [row for row in (rows(model) if wanted is None else wanted) if row.slots]
-    owners: dict[nn.Module, _Stack] = {}
+    owners: dict[nn.Module, _Surroundings] = {}
     with ExitStack() as hooks:
         _hooked[root] = _hooked.get(root, 0) + 1
         hooks.callback(lambda: _hooked.update({root: _hooked[root] - 1}))
         for row in hooked:
             owner = _owner(root, row)
-            stack = owners[owner] if owner in owners else owners.setdefault(owner, _Stack(owner))
-            stack.awaited.add(row.path)
-            hooks.callback(_hook_site(row, stack, edit).remove)
-        for stack in owners.values():
-            hooks.callback(stack.owner.register_forward_pre_hook(stack.begin, with_kwargs=True).remove)
-            hooks.callback(stack.owner.register_forward_hook(stack.end).remove)
+            around = owners[owner] if owner in owners else owners.setdefault(owner, _Surroundings(owner))
+            around.awaited.add(row.path)
+            hooks.callback(_hook_site(row, around, edit).remove)
+        for around in owners.values():
+            hooks.callback(around.owner.register_forward_pre_hook(around.begin, with_kwargs=True).remove)
+            hooks.callback(around.owner.register_forward_hook(around.end).remove)
         yield
 
 
@@ -94,7 +94,7 @@ def first_broken(model: nn.Module, run: Callable[[], object]) -> str:
 
     def look(row: Attention, z: Tensor, _: Pass) -> None:
         bad = (~z.isfinite()).any(-1).any(0).any(0)  # [slot]
-        broken.extend(str(head) for head, slot in zip(row.heads, row.places, strict=True) if bad[slot])
+        broken.extend(str(head) for head, slot in zip(row.heads, row.head_slots, strict=True) if bad[slot])
 
     with torch.no_grad(), at_sites(model, look):
         run()
@@ -103,7 +103,7 @@ def first_broken(model: nn.Module, run: Callable[[], object]) -> str:
     return "the outputs of all heads are finite, so it appeared after them"
 
 
-class _Stack:
+class _Surroundings:
     """The innermost model around some sites: an encoder, a decoder. It sees where a forward pass begins and ends."""
 
     def __init__(self, owner: nn.Module) -> None:
@@ -149,21 +149,21 @@ class _Stack:
 def _owner(root: nn.Module, row: Attention) -> nn.Module:
     names = row.path.split(".")
     for depth in range(len(names) - 1, 0, -1):
-        module = bare(child(root, ".".join(names[:depth])))
+        module = bare(submodule(root, ".".join(names[:depth])))
         if isinstance(module, PreTrainedModel):
             return module
     return root
 
 
-def _hook_site(row: Attention, stack: _Stack, edit: Edit) -> torch.utils.hooks.RemovableHandle:
+def _hook_site(row: Attention, around: _Surroundings, edit: Edit) -> torch.utils.hooks.RemovableHandle:
     n_slots, d_head = len(row.slots), row.d_head if row.site == "output" else 1
 
     def fire(flat: Tensor) -> Tensor:
-        stack.fired.add(row.path)
+        around.fired.add(row.path)
         if _replaying.get() == row.path:
             return flat
-        assert stack.run is not None
-        edited = edit(row, flat.reshape(*flat.shape[:2], n_slots, d_head), stack.run)
+        assert around.run is not None
+        edited = edit(row, flat.reshape(*flat.shape[:2], n_slots, d_head), around.run)
         return flat if edited is None else edited.reshape(flat.shape)
 
     if row.site != "output":  # of composed heads: what passes there are gates

@@ -34,14 +34,14 @@ def is_folded(model: nn.Module) -> bool:
     return is_bridge(model) and bool(getattr(model, "compatibility_mode", False))
 
 
-def inner(model: nn.Module) -> PreTrainedModel:
+def bare_model(model: nn.Module) -> PreTrainedModel:
     """The module tree with the Hugging Face class at its root, of a plain model or of a bridge."""
     return cast("PreTrainedModel", model.original_model if is_bridge(model) else model)
 
 
 def rows(model: nn.Module, site: str = "output") -> tuple[Attention, ...]:
     """Every attention module of a plain model or a bridge, in the order of the rows of scores and masks."""
-    found = tuple(row.at(site) for row in attentions(inner(model)))
+    found = tuple(row.at(site) for row in attentions(bare_model(model)))
     if site != "output" and not any(row.groups for row in found):
         raise HeadlabError(f"no layer of the model has anything to remove at the site {site!r}")
     return found
@@ -69,7 +69,7 @@ def head_rows(model: nn.Module, site: str = "output") -> Heads:
     return tuple(row.heads for row in rows(model, site))
 
 
-def restored(model: nn.Module) -> PreTrainedModel:
+def bare_copy(model: nn.Module) -> PreTrainedModel:
     """The plain model: itself, or a clean copy of what a bridge wraps.
 
     Raises:
@@ -84,16 +84,16 @@ def restored(model: nn.Module) -> PreTrainedModel:
             "this bridge is in compatibility mode: value biases and norms have moved into other weights, so removing a "
             "head means something else than in the model; use the model itself, or a bridge without that mode"
         )
-    wrapped = inner(model)
+    wrapped = bare_model(model)
     kept = (value for module in wrapped.modules() for value in vars(module).values())
     passes = [value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf]
     memo = {id(value): value.detach() for value in passes}  # patterns of the last pass, which deepcopy would refuse
     plain = copy.deepcopy(wrapped, memo)
-    _unwrap(plain)
+    _bare_below(plain)
     return plain
 
 
-def _unwrap(module: nn.Module) -> None:
+def _bare_below(module: nn.Module) -> None:
     """Put every component that a bridge wraps back in its place, without what the bridge has added to it."""
     for name, wrapped in list(module.named_children()):
         original = bare(wrapped)
@@ -103,12 +103,12 @@ def _unwrap(module: nn.Module) -> None:
                 del original.forward  # T5 blocks are patched to call the bridge's hooks
             if original._buffers.pop("bias", None) is not None:
                 original.register_parameter("bias", None)  # an unembedding without bias was given one
-        _unwrap(original)
+        _bare_below(original)
 
 
 def probe_batch(model: nn.Module) -> dict[str, torch.Tensor]:
     """A few tokens that any model takes."""
-    plain = inner(model)
+    plain = bare_model(model)
     ids = torch.arange(5, device=plain.device)[None] % plain.config.get_text_config().vocab_size
     extra = {"decoder_input_ids": ids} if plain.config.is_encoder_decoder else {}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | extra
@@ -118,7 +118,7 @@ def tokenizer(model: nn.Module) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside a model's weights, if there is one; else that of a bridge, which may be made to put
     the first token in front."""
     own = cast("PreTrainedTokenizerBase | None", model.tokenizer if is_bridge(model) else None)
-    name = inner(model).config._name_or_path
+    name = bare_model(model).config._name_or_path
     if not name or (Path(name).is_dir() and not any(map(_of_tokenizer, Path(name).iterdir()))):
         return own  # of a folder without one, transformers makes up an empty one
     try:
@@ -134,7 +134,7 @@ def _of_tokenizer(file: Path) -> bool:
 def fingerprint(model: nn.Module) -> str:
     """Twelve hex digits that tell models apart by their attention weights, in float32 as in bfloat16, plain or bridged."""
     digest = hashlib.sha256()
-    weights: list[Any] = [next(bare(inner(model).get_input_embeddings()).parameters())]
+    weights: list[Any] = [next(bare(bare_model(model).get_input_embeddings()).parameters())]
     for row in rows(model):
         digest.update(f"{row.family.name} {row.stack} {row.groups}".encode())
         paths = (row.family.q, row.family.k, row.family.v, row.family.o) if row.slots else (row.family.o,)
@@ -151,7 +151,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """What a result says about the model it was computed from."""
-    plain = inner(model)
+    plain = bare_model(model)
     return {
         "class": type(plain).__name__,
         "name": plain.config._name_or_path or None,
@@ -165,7 +165,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off and parameters frozen inside the block; both as before afterwards."""
-    root = inner(model)
+    root = bare_model(model)
     training = [module for module in root.modules() if module.training]
     # those made in inference mode can have no gradient, and do not let one change that
     frozen = [parameter for parameter in root.parameters() if parameter.requires_grad and not parameter.is_inference()]

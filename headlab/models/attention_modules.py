@@ -38,7 +38,7 @@ class Attention:
         return tuple(head for _, heads in self.groups for head in heads)
 
     @property
-    def places(self) -> list[int]:
+    def head_slots(self) -> list[int]:
         """For each head, in the order of `heads`, its slot."""
         slots = self.slots
         return sorted((i for i, head in enumerate(slots) if head is not None), key=lambda i: slots[i] or 0)
@@ -54,7 +54,7 @@ class Attention:
     @property
     def core(self) -> Any:
         """The module that computes the heads' outputs; `Any`, for torch does not know its attributes."""
-        return child(self.module, self.family.core)
+        return submodule(self.module, self.family.core)
 
     @property
     def compose(self) -> Any:
@@ -80,17 +80,17 @@ class Attention:
 
     def projection(self, path: str) -> Any:
         """A projection of the module as it was before any bridge: an `nn.Linear`, a `Conv1D` or the like."""
-        return bare(child(self.module, path))
+        return bare(submodule(self.module, path))
 
 
 def bare(module: nn.Module) -> nn.Module:
     """A module without the TransformerLens component that may wrap it."""
-    while (inner := module._modules.get("_original_component")) is not None:
-        module = inner
+    while (original := module._modules.get("_original_component")) is not None:
+        module = original
     return module
 
 
-def child(module: nn.Module, path: str) -> nn.Module:
+def submodule(module: nn.Module, path: str) -> nn.Module:
     """The submodule at a dotted path, looking through TransformerLens components."""
     for name in filter(None, path.split(".")):
         module = getattr(bare(module), name)
@@ -125,17 +125,17 @@ _HOW = (
 
 def _described(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, Family]]:
     """Attention modules below `module`, depth first; an undescribed one is an error."""
-    inner = bare(module)
-    if (family := family_of(inner)) is not None:
+    original = bare(module)
+    if (family := family_of(original)) is not None:
         yield path, module, family
         return
-    below = False
-    for child_name, submodule in inner.named_children():
-        for item in _described(submodule, f"{path}.{child_name}".lstrip(".")):
-            below = True
+    any_below = False
+    for child_name, child in original.named_children():
+        for item in _described(child, f"{path}.{child_name}".lstrip(".")):
+            any_below = True
             yield item
-    name = type(inner).__name__
-    if "Attention" in name and not below and any(True for _ in inner.parameters()):
+    name = type(original).__name__
+    if "Attention" in name and not any_below and any(True for _ in original.parameters()):
         raise HeadlabError(f"found no description of the attention module {path or 'itself'} ({name}); {_HOW}")
 
 
@@ -149,7 +149,7 @@ def _stack(path: str, family: Family) -> str:
 
 def _layout(module: nn.Module, family: Family, path: str) -> tuple[Groups, int]:
     """Read groups and head size off the weights (a pruned module says itself which heads it holds)."""
-    core = bare(child(module, family.core))
+    core = bare(submodule(module, family.core))
     d_head = getattr(core, family.d_head, None)
     if not isinstance(d_head, int):
         raise HeadlabError(f"{path} ({type(bare(module)).__name__}) has no whole number {family.d_head!r}; {_HOW}")
@@ -160,8 +160,8 @@ def _layout(module: nn.Module, family: Family, path: str) -> tuple[Groups, int]:
         return groups, d_head
     if family.joined and getattr(core, "is_cross_attention", False):
         raise HeadlabError(f"{path} is cross-attention, whose queries have a projection of their own; {_HOW}")
-    n_slots = width_in(bare(child(module, family.o))) // d_head
-    n_kv = n_slots if family.joined == "heads" else width_out(bare(child(module, family.v))) // d_head
+    n_slots = width_in(bare(submodule(module, family.o))) // d_head
+    n_kv = n_slots if family.joined == "heads" else width_out(bare(submodule(module, family.v))) // d_head
     if family.joined == "blocks":
         n_kv = (n_kv - n_slots) // 2
     if n_kv < 1 or n_slots % n_kv:

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import HeadlabError
-from .access import inner, is_folded, rows
-from .attention_modules import Attention, bare, child
+from .access import bare_model, is_folded, rows
+from .attention_modules import Attention, bare, submodule
 from .projections import Projections, projections, wide
 
 Norm = Literal["raw", "fold"]
@@ -50,7 +50,7 @@ def gain(norm: nn.Module) -> Gain:
 
 def _beside(model: nn.Module, path: str, names: tuple[str, ...]) -> nn.Module | None:
     """The module of one of these names in the same parent as `path`, without TransformerLens' component around it."""
-    parent = bare(child(inner(model), path.rpartition(".")[0]))
+    parent = bare(submodule(bare_model(model), path.rpartition(".")[0]))
     return next((bare(found) for name in names if (found := parent._modules.get(name)) is not None), None)
 
 

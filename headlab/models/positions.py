@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import HeadlabError
-from .access import inner
+from .access import bare_model
 from .attention_modules import Attention, bare
 
 Angles = tuple[Tensor, Tensor]
@@ -26,7 +26,7 @@ def is_rotary(model: nn.Module, row: Attention) -> bool:
 
 def _module(model: nn.Module) -> nn.Module | None:
     """The model's rotary module; the first one is the text model's."""
-    return next((m for m in inner(model).modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
+    return next((m for m in bare_model(model).modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
 
 
 def angles(model: nn.Module, row: Attention, distances: list[int], like: Tensor) -> Angles:
@@ -43,13 +43,13 @@ def angles(model: nn.Module, row: Attention, distances: list[int], like: Tensor)
         raise HeadlabError(
             f"{row.path} has no rotary positions, so its QK circuit is the same at every distance: leave distance out"
         )
-    places = torch.tensor([distances], device=like.device)
+    positions = torch.tensor([distances], device=like.device)
     if row.family.angles is not None:
-        cos, sin = row.family.angles(row.core.config, places, like.dtype)
+        cos, sin = row.family.angles(row.core.config, positions, like.dtype)
         return cos[0, 0], sin[0, 0]
     module: Any = copy.deepcopy(_module(model))  # a scaling that depends on the length is kept in the module
     more = {"layer_type": row.core.config.layer_types[row.core.layer_idx]} if hasattr(module, "layer_types") else {}
-    cos, sin = module(like, places, **more)
+    cos, sin = module(like, positions, **more)
     return cos[0], sin[0]
 
 
@@ -60,11 +60,11 @@ def turned(x: Float[Tensor, "*block d_model d_head"], at: Angles, i: int) -> Flo
 
 def learned_positions(model: nn.Module) -> Float[Tensor, "pos d_model"] | None:
     """The learned embedding of every position a text can have, where the model has one as wide as its stream."""
-    for name, module in inner(model).named_modules():
+    for name, module in bare_model(model).named_modules():
         found = bare(module)
         if name.rpartition(".")[2] in ("wpe", "position_embeddings") and isinstance(found, nn.Embedding):
             first = 0 if found.padding_idx is None else found.padding_idx + 1  # RoBERTa counts from after its padding
-            fits = found.embedding_dim == inner(model).config.get_text_config().hidden_size
+            fits = found.embedding_dim == bare_model(model).config.get_text_config().hidden_size
             return found.weight.detach()[first:] if fits else None
     return None
 

@@ -96,16 +96,16 @@ def become(model: PreTrainedModel, cls: type[PreTrainedModel]) -> None:
     dict.__setitem__(registry, str(cls), model._can_record_outputs)
 
 
-def unwrapped(name: str) -> tuple[str, tuple[Variant, ...]]:
+def base_name(name: str) -> tuple[str, tuple[Variant, ...]]:
     """The name of a class, or a model type, without its variants, and these from the innermost to the outermost.
 
-    >>> unwrapped("PrunedLlamaForCausalLM")  # doctest: +SKIP
+    >>> base_name("PrunedLlamaForCausalLM")  # doctest: +SKIP
     ('LlamaForCausalLM', (<Pruned>,))
     """
     for variant in _variants:
         for prefix in (variant.name, variant.kind):
             if name.startswith(prefix):
-                bare, inside = unwrapped(name.removeprefix(prefix))
+                bare, inside = base_name(name.removeprefix(prefix))
                 return bare, (*inside, variant)
     return name, ()
 

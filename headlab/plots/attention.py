@@ -45,7 +45,7 @@ def roles(roles: Roles, title: str = "Roles of heads") -> go.Figure:
             values[row, head.index] = names.index(line["role"] or names[0])
             hover[row, head.index] = _told(head, line)
     colours = [NONE, *(COLOURS[role] for role in ROLES)]
-    steps = [(place / len(names), colour) for number, colour in enumerate(colours) for place in (number, number + 1)]
+    steps = [(edge / len(names), colour) for number, colour in enumerate(colours) for edge in (number, number + 1)]
     heatmap = go.Heatmap(
         z=values,
         y=row_names(roles.heads),
@@ -91,8 +91,8 @@ UNITS = {"entropy": " nats", "raw_entropy": " nats", "distance": " tokens", "raw
 
 
 def _note(figure: go.Figure, text: str) -> None:
-    place = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"}
-    figure.add_annotation(text=text, showarrow=False, font_size=11, **place)
+    corner = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"}
+    figure.add_annotation(text=text, showarrow=False, font_size=11, **corner)
 
 
 def similarity(
@@ -111,13 +111,13 @@ def similarity(
     for column, stack in enumerate(stacks, 1):
         for cluster in clusters:
             chosen = [
-                place
-                for place, (head, label) in enumerate(zip(similarity.heads, similarity.clusters, strict=True))
+                i
+                for i, (head, label) in enumerate(zip(similarity.heads, similarity.clusters, strict=True))
                 if head.stack == stack and cluster in (None, label)
             ]
             if not chosen:
                 continue
-            heads = [similarity.heads[place] for place in chosen]
+            heads = [similarity.heads[i] for i in chosen]
             marker: dict[str, Any] = {"size": 9, "line": {"width": 0.5, "color": "white"}}
             if cluster is None:
                 marker |= {"color": [head.layer for head in heads], "colorscale": "Viridis", "cmin": 0, "cmax": deepest}
@@ -125,8 +125,8 @@ def similarity(
             else:
                 marker |= {"color": PALETTE[cluster % len(PALETTE)], "symbol": SYMBOLS[cluster // len(PALETTE) % 4]}
             figure.add_scatter(
-                x=similarity.places[chosen, 0],
-                y=similarity.places[chosen, 1],
+                x=similarity.points[chosen, 0],
+                y=similarity.points[chosen, 1],
                 mode="markers",
                 marker=marker,
                 name=f"cluster {cluster} ({len(chosen)})",
@@ -167,11 +167,9 @@ def similarity_matrix(similarity: Similarity, title: str = "Divergence between h
         hoverongaps=False,
     )
     figure = go.Figure(heatmap)
-    first = [
-        place for place, head in enumerate(similarity.heads) if not place or head.row != similarity.heads[place - 1].row
-    ]
+    first = [i for i, head in enumerate(similarity.heads) if not i or head.row != similarity.heads[i - 1].row]
     step = max(1, -(-len(first) // 16))
-    shown = [names[place] for place in (first[::step] if len(names) > 24 else range(len(names)))]
+    shown = [names[i] for i in (first[::step] if len(names) > 24 else range(len(names)))]
     ticks = {"type": "category", "tickvals": shown, "showgrid": False, "zeroline": False}
     if np.isnan(similarity.distances).any():
         _note(figure, "blank: heads of different stacks, which have no patterns in common")

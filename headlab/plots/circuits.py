@@ -26,7 +26,7 @@ def spectra(table: CircuitTable, circuit: Spectrum = "ov") -> go.Figure:
         raise HeadlabError(f"circuit is 'qk' or 'ov', not {circuit!r}")
     frame = table.to_frame()
     names = [name for name in frame if name.startswith(f"{circuit}_s") and name[4:].isdigit()]
-    values = frame[names].to_numpy(dtype=float)  # [head, place]
+    values = frame[names].to_numpy(dtype=float)  # [head, column]
     figure = _lines(
         table,
         np.arange(1, len(names) + 1),
@@ -71,7 +71,7 @@ def _title(title: str, values: np.ndarray) -> str:
 
 
 def _lines(table: CircuitTable, x: np.ndarray, values: np.ndarray, what: Sequence[str], sizes: Sequence[str]) -> go.Figure:
-    """A trace per row of heads, in which a line per head; values are [head, place]."""
+    """A trace per row of heads, in which a line per head; values are [head, column]."""
     figure, start = go.Figure(), 0
     n_rows = len(table.heads)
     colours = sample_colorscale("Viridis", np.linspace(0, 1, max(n_rows, 2)))
@@ -119,10 +119,10 @@ def tokens_of(directions: Directions) -> go.Figure:
     sides = {"qk": {"in": "query", "out": "key"}, "ov": {"in": "reads", "out": "writes"}}[directions.circuit]
     for line in lines:
         column = columns.index((line["direction"], line["side"]))
-        place = line["rank"] if line["end"] == "+" else 2 * n - 1 - line["rank"]
-        z[place, column] = line["value"]
-        text[place, column] = _token(line["token"])
-        hover[place, column] = (
+        at = line["rank"] if line["end"] == "+" else 2 * n - 1 - line["rank"]
+        z[at, column] = line["value"]
+        text[at, column] = _token(line["token"])
+        hover[at, column] = (
             f"<b>{directions.head}</b> {directions.circuit.upper()} direction {line['direction'] + 1}, singular value "
             f"{line['singular_value']:.4g}<br>{sides[line['side']]} {_token(line['token'], None)} (token {line['id']}): "
             f"{line['value']:.4g}"

@@ -97,13 +97,13 @@ def map_grid(
     """Composition maps of one layer and stage at pairs of tokens, less the identity: queries down, keys to the right.
 
     Args:
-        queries, keys: places of tokens; by default up to 4, evenly over the example. A key after its query stays empty
+        queries, keys: positions of tokens; by default up to 4, evenly over the example. A key after its query stays empty
             where the model is causal.
 
     Raises:
         HeadlabError: there is no such layer, stage or token.
     """
-    found = next((one for one in maps.stack if one.layer == layer), None)
+    found = next((one for one in maps.by_layer if one.layer == layer), None)
     real = found.real[example].nonzero().flatten().tolist() if found is not None and example < len(found.real) else [0]
     even = [real[i] for i in sorted({round(i * (len(real) - 1) / 3) for i in range(4)})]
     queries, keys = (list(even if given is None else given) for given in (queries, keys))
@@ -153,9 +153,9 @@ def _small_maps(
         vertical_spacing=0.3 / (n_rows + 1),
     )
     largest = 0.0
-    for place, one in enumerate(one for row in drawn for one in row):
-        row, column = place // n_columns + 1, place % n_columns + 1
-        axis = "" if place == 0 else str(place + 1)
+    for number, one in enumerate(one for row in drawn for one in row):
+        row, column = number // n_columns + 1, number % n_columns + 1
+        axis = "" if number == 0 else str(number + 1)
         if one is None:
             figure.update_xaxes(visible=False, row=row, col=column)
             figure.update_yaxes(visible=False, row=row, col=column)

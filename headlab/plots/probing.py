@@ -114,9 +114,9 @@ def probe_kinds(results: Probed, title: str = "Probes: unseen and trained combin
     gap = 70 / height
     figure = make_subplots(len(panels), 1, subplot_titles=list(panels), row_heights=tall, vertical_spacing=gap)
     for row, lines in enumerate(listed, 1):
-        own = [(place, kind, label, run) for place, (kind, label, runs) in enumerate(lines) for _, run in runs.iterrows()]
+        own = [(i, kind, label, run) for i, (kind, label, runs) in enumerate(lines) for _, run in runs.iterrows()]
         colours = [_probe(kind)[1] for _, kind, _, _ in own]
-        y = [place for place, *_ in own]
+        y = [i for i, *_ in own]
         text = [f"<b>{label}</b>, seed {run['seed']}<br>{_told_of(run)}" for _, _, label, run in own]
         for name, which, marker in (
             ("unseen combinations", "test", {"color": colours, "size": 8, "opacity": 0.75}),

@@ -95,11 +95,11 @@ def _scale(values: list[np.ndarray], signed: bool) -> dict[str, object]:
 
 
 def _labels(tokens: tuple[str, ...]) -> list[str]:
-    """Tokens with their place, which tells equal ones apart: `cat (3)`. What looks like markup or a formula is text."""
+    """Tokens with their positions, which tells equal ones apart: `cat (3)`. What looks like markup or a formula is text."""
     labels = []
-    for place, token in enumerate(tokens):
+    for position, token in enumerate(tokens):
         seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
         seen = seen.strip() or repr(seen)
         seen = seen if len(seen) <= LONGEST else seen[: LONGEST - 1] + "…"
-        labels.append(f"{shown(seen)} ({place})")
+        labels.append(f"{shown(seen)} ({position})")
     return labels

@@ -77,7 +77,7 @@ def narrow(model: nn.Module, attention: Attention, left: Left) -> None:
 
 @dataclass(frozen=True)
 class _Picks:
-    """Which query slots, keys, values and outputs stay, as places among those there are; and how many there are."""
+    """Which query slots, keys, values and outputs stay, as indices among those there are; and how many there are."""
 
     slots: Sequence[int | None]
     keys: Sequence[int]
@@ -117,9 +117,9 @@ def _take(
     """
     old, old_bias = weight_blocks(projection, d_head, side).detach(), projection.bias  # [block, d_head, other side]
     picked = [i for i in blocks if i is not None]
-    places = [place for place, i in enumerate(blocks) if i is not None]
+    filled = [at for at, i in enumerate(blocks) if i is not None]
     weight = old.new_zeros(len(blocks), *old.shape[1:])
-    weight[places] = old[picked]
+    weight[filled] = old[picked]
     weight = weight.flatten(0, 1)
     has_bias = old_bias is not None if bias is None else bias
     conv = transposed(projection) and bool(blocks)  # Conv1D cannot have width 0
@@ -138,7 +138,7 @@ def _take(
             values = old_bias.detach().clone()
         else:
             values = old_bias.new_zeros(len(blocks), d_head)
-            values[places] = old_bias.detach().unflatten(0, (-1, d_head))[picked]
+            values[filled] = old_bias.detach().unflatten(0, (-1, d_head))[picked]
         new.bias = nn.Parameter(values.flatten(), requires_grad=projection.weight.requires_grad)
     return new
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import HeadlabError
 from ..hooks.fills import Fill, check_fill
 from ..hooks.sites import is_hooked
-from ..models.access import fingerprint, head_rows, restored, rows
+from ..models.access import bare_copy, fingerprint, head_rows, rows
 from ..models.attention_modules import Attention, Groups, grouped, weight_blocks
 from ..results import building
 from ..scores import HeadMask
@@ -59,7 +59,7 @@ def prune(
         raise HeadlabError(f"gqa is 'pad', 'ungroup' or 'strict', not {gqa!r}")
     if is_hooked(model):
         raise HeadlabError("the model is being masked or captured right now: leave that block before you prune it")
-    plain = restored(model)
+    plain = bare_copy(model)
     mask.check(head_rows(plain, site), fingerprint(plain))
     if fill is not None and not fill.constant:
         raise HeadlabError(
@@ -156,7 +156,7 @@ def _folded(row: Attention, means: Tensor, removed: set[int]) -> Tensor | None:
     if not gone:
         return None
     weight = weight_blocks(row.projection(row.family.o), row.d_head, "in").detach()  # [slot, d_head, d_model]
-    slots = [row.places[i] for i in gone]
+    slots = [row.head_slots[i] for i in gone]
     return torch.einsum("hd,hdm->m", means[gone].to(weight.device).double(), weight[slots].double())
 
 

@@ -21,7 +21,7 @@ from ..data.batches import Batches, prepare
 from ..data.losses import forward
 from ..errors import HeadlabError
 from ..hooks.masking import masked
-from ..models.access import describe, evaluating, inner, is_bridge, probe_batch, rows
+from ..models.access import bare_model, describe, evaluating, is_bridge, probe_batch, rows
 from ..results import Result
 from ..scores import HeadMask
 
@@ -67,7 +67,7 @@ class Timing(Result):
 def shapes(model: nn.Module, sizes: list[tuple[int, int]], seed: int = 0) -> list[dict[str, Tensor]]:
     """Batches of random tokens of these (examples, tokens) sizes, for timing."""
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = inner(model).config.get_text_config().vocab_size
+    vocabulary = bare_model(model).config.get_text_config().vocab_size
     made = []
     for examples, tokens in sizes:
         ids = torch.randint(vocabulary, (examples, tokens), generator=generator)
@@ -103,21 +103,22 @@ def timing(models: Mapping[str, Timed], batches: Batches, *, repeats: int = 10, 
     data = prepare(first, batches)
     lines = []
     bar = tqdm(total=len(data) * len(runs) * (repeats + warmup) * 2, desc="timing", unit="pass", disable=None)
-    with bar, ExitStack() as stack, torch.inference_mode():
+    with bar, ExitStack() as frozen, torch.inference_mode():
         for model, *_ in runs.values():
-            stack.enter_context(evaluating(model))
+            frozen.enter_context(evaluating(model))
         for batch in data:
             whole: dict[str, list[float]] = {name: [] for name in runs}
             attention: dict[str, list[float]] = {name: [] for name in runs}
             for turn in range(repeats + warmup):
                 for name, (model, *removed) in runs.items():
-                    once = partial(forward, model, {name: value.to(inner(model).device) for name, value in batch.items()})
+                    device = bare_model(model).device
+                    once = partial(forward, model, {key: value.to(device) for key, value in batch.items()})
                     with ExitStack() as masking:
                         if removed:
                             mask, *site = removed
                             masking.enter_context(masked(model, mask, None, *site))
                             once()  # the gates are made in the first pass
-                        times = _seconds(once, inner(model).device), _in_attention(model, once)
+                        times = _seconds(once, device), _in_attention(model, once)
                     if turn >= warmup:
                         whole[name].append(times[0])
                         attention[name].append(times[1])
@@ -141,7 +142,7 @@ def _seconds(once: Callable[[], object], device: torch.device) -> float:
 
 def _in_attention(model: nn.Module, once: Callable[[], object]) -> float:
     """Seconds in the attention modules of one pass; on a GPU between events on its stream."""
-    device, spans = inner(model).device, []
+    device, spans = bare_model(model).device, []
 
     def mark() -> Any:
         if device.type != "cuda":
@@ -177,7 +178,7 @@ def _quartiles(seconds: list[float]) -> tuple[float, float, float]:
 
 def _size(model: nn.Module) -> dict[str, int]:
     """Parameters, and the bytes that `save_pretrained` writes as weights."""
-    root = inner(model)
+    root = bare_model(model)
     parameters = sum(p.numel() for p in root.parameters())
     if is_bridge(model):  # which cannot be saved; its model's weights are its parameters
         return {"parameters": parameters, "bytes": sum(p.numel() * p.element_size() for p in root.parameters())}
@@ -188,6 +189,6 @@ def _size(model: nn.Module) -> dict[str, int]:
 
 
 def _machine(model: nn.Module) -> dict[str, Any]:
-    device = inner(model).device
+    device = bare_model(model).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}

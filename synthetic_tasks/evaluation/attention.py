@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from headlab.data.losses import forward
 from headlab.errors import HeadlabError
-from headlab.models.access import describe, evaluating, head_rows, inner, is_bridge, rows
+from headlab.models.access import bare_model, describe, evaluating, head_rows, is_bridge, rows
 from headlab.models.attention_modules import Attention
 from headlab.scores import HeadScores
 
@@ -69,7 +69,7 @@ def attention_on(
                 forward(model, inputs(model, [encoded[i] for i in members], padding))
                 check_all_seen()
             bar.update(len(members))
-    values = tuple((total[row.places] / n_answers).numpy() for row, total in zip(found, totals, strict=True))
+    values = tuple((total[row.head_slots] / n_answers).numpy() for row, total in zip(found, totals, strict=True))
     record = {"method": "attention_on", "part": part, "model": describe(model), "data": describe_contexts(encoded)}
     return HeadScores(values, head_rows(model), record | {"averaged": n_answers})
 
@@ -80,7 +80,7 @@ def _patterns(
 ) -> Iterator[Callable[[], None]]:
     """Let `see(row, pattern)` have every pattern; yields what raises unless it had all of them in the last pass."""
     seen: set[str] = set()
-    root: Any = inner(model)
+    root: Any = bare_model(model)
 
     def hook(row: Attention, own: bool) -> Callable[..., None]:
         def look(_: nn.Module, __: Any, output: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from headlab.data.batches import IGNORED, data_fingerprint
 from headlab.errors import HeadlabError
-from headlab.models.access import inner
+from headlab.models.access import bare_model
 from headlab.models.access import tokenizer as tokenizer_of
 
 from ..language.contexts import Answer, Context, Span
@@ -248,7 +248,7 @@ def check_size(batch_size: int) -> None:
 
 def prepare(model: nn.Module, contexts: Sequence[Context], tokenizer: Any) -> tuple[list[Encoded], int]:
     """The contexts' tokens, checked against the model, and a token to pad with."""
-    root = inner(model)
+    root = bare_model(model)
     name, config = type(root).__name__, getattr(root, "config", None)
     if not name.endswith(("ForCausalLM", "LMHeadModel")) or getattr(config, "is_encoder_decoder", False):
         raise HeadlabError(f"{name} is no causal language model: these contexts are for models that predict the next token")
@@ -289,5 +289,5 @@ def plan(encoded: Sequence[Encoded], batch_size: int) -> list[list[int]]:
 
 
 def inputs(model: nn.Module, batch: Sequence[Encoded], padding: int) -> dict[str, Tensor]:
-    device = inner(model).device
+    device = bare_model(model).device
     return {name: value.to(device) for name, value in pad(batch, padding).items() if name != "labels"}

@@ -19,7 +19,7 @@ from headlab.errors import HeadlabError
 from headlab.hooks.fills import Fill
 from headlab.hooks.masking import Gates, masked
 from headlab.hooks.sites import first_broken
-from headlab.models.access import describe, evaluating, inner
+from headlab.models.access import bare_model, describe, evaluating
 from headlab.results import Result, StepLog
 from headlab.scores import HeadMask
 
@@ -248,7 +248,7 @@ def _answer_logits(model: nn.Module, batch: Sequence[Encoded], padding: int) -> 
         for position in range(*answer.span)
     ]
     kept = sorted({position for _, position in wanted})
-    if "logits_to_keep" in inspect.signature(inner(model).forward).parameters:
+    if "logits_to_keep" in inspect.signature(bare_model(model).forward).parameters:
         given["logits_to_keep"] = torch.tensor(kept, device=given["input_ids"].device)
     logits: Tensor = forward(model, given).logits  # [batch, pos or kept, vocab]
     place = {position: i for i, position in enumerate(kept)} if logits.shape[1] != n_pos else range(n_pos)

@@ -79,7 +79,7 @@ def test_a_sample_is_drawn_by_its_seed() -> None:
     model, data = zoo.build("gpt2"), [zoo.batch_for("gpt2")]
     one, same, other = (similarity(model, data, queries=5, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one.distances, same.distances)
-    np.testing.assert_array_equal(one.places, same.places)
+    np.testing.assert_array_equal(one.points, same.points)
     assert not np.array_equal(one.distances, other.distances)
     assert one.record["queries"] == {"all": 5}
 
@@ -112,15 +112,15 @@ def test_heads_with_equal_weights_are_alike_and_in_one_cluster() -> None:
     clusters = dict(zip(map(str, found.heads), found.clusters, strict=True))
     assert clusters["L1H1"] == clusters["L1H3"]
     assert len(set(found.clusters)) == 14
-    places = dict(zip(map(str, found.heads), found.places, strict=True))
-    np.testing.assert_allclose(places["L1H1"], places["L1H3"], atol=0.01)
+    points = dict(zip(map(str, found.heads), found.points, strict=True))
+    np.testing.assert_allclose(points["L1H1"], points["L1H3"], atol=0.01)
 
 
 def test_the_map_keeps_distances_that_fit_a_plane() -> None:
     points = np.random.default_rng(0).normal(size=(7, 2))
     distances = np.linalg.norm(points[:, None] - points, axis=-1)
-    places = module._map(distances)
-    np.testing.assert_allclose(np.linalg.norm(places[:, None] - places, axis=-1), distances, atol=1e-3)
+    points = module._map(distances)
+    np.testing.assert_allclose(np.linalg.norm(points[:, None] - points, axis=-1), distances, atol=1e-3)
     np.testing.assert_array_equal(module._map(distances[:2, :2])[1], [distances[0, 1], 0])
     assert module._map(np.zeros((4, 4))).tolist() == [[0, 0]] * 4
 
@@ -142,7 +142,7 @@ def test_a_single_head_has_a_cluster_and_a_place() -> None:
     model = zoo.build("gpt2")
     small = hl.prune(model, hl.HeadMask.without(heads(model), heads(model)[1:]))
     found = similarity(small, [zoo.batch_for("gpt2")])
-    assert (found.clusters, found.places.tolist(), found.nearest("L0H0"), found.top()) == ((0,), [[0, 0]], [], [])
+    assert (found.clusters, found.points.tolist(), found.nearest("L0H0"), found.top()) == ((0,), [[0, 0]], [], [])
     assert len(found.to_frame()) == 1
 
 

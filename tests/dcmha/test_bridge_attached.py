@@ -53,7 +53,7 @@ def ids(n_pos: int = POS) -> Tensor:
 
 def logits(model: nn.Module, tokens: Tensor | None = None, **kwargs: Any) -> Tensor:
     with torch.no_grad():
-        return access.inner(model)(ids() if tokens is None else tokens, **kwargs).logits
+        return access.bare_model(model)(ids() if tokens is None else tokens, **kwargs).logits
 
 
 def same(a: Tensor, b: Tensor, within: float = 3e-5) -> bool:

@@ -248,14 +248,14 @@ def test_visible_pairs_are_those_with_attention(window: int | None) -> None:
         tap = layer.self_attn.compose.taps["pattern_raw"]
         tap.register_forward_hook(lambda _, __, out: patterns.append(out))
     maps = composition_maps(model, data)
-    for layer, pattern in zip(maps.stack, patterns, strict=True):
+    for layer, pattern in zip(maps.by_layer, patterns, strict=True):
         seen = (pattern > 0).any(1) & MASK.bool()[:, :, None]  # [example, query, key]
         for example, pairs in enumerate(layer.pairs()):
             ones = pairs.sums(torch.eye(POS, dtype=torch.float64))  # [query, key]
             torch.testing.assert_close(ones.bool(), seen[example])
             torch.testing.assert_close(pairs.keys, seen[example].sum(1).double())
             torch.testing.assert_close(pairs.queries, seen[example].sum(0).double())
-    assert [layer.window for layer in maps.stack] == [window, None]
+    assert [layer.window for layer in maps.by_layer] == [window, None]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama-gqa", "mistral", "qwen3", "gemma3", "bert-mlm"])
@@ -272,7 +272,7 @@ def test_models_with_attached_composition(name: str) -> None:
     data = zoo.batch_for(name)
     maps = composition_maps(model, data)
     for layer in maps.layers:
-        sums = [pairs.sums(torch.eye(zoo.POS, dtype=torch.float64)) for pairs in maps.stack[layer].pairs()]
+        sums = [pairs.sums(torch.eye(zoo.POS, dtype=torch.float64)) for pairs in maps.by_layer[layer].pairs()]
         real = data["attention_mask"].bool()
         seen = (patterns[layer] > 0).any(1) & real[:, :, None]
         torch.testing.assert_close(torch.stack(sums) > 0, seen)
@@ -308,7 +308,7 @@ def test_batches_of_different_lengths_are_one_set_of_examples() -> None:
     model = build(branches=BRANCHES)
     short, long = torch.randint(3, zoo.VOCAB, (1, 3)), torch.randint(3, zoo.VOCAB, (2, POS))
     maps = composition_maps(model, [{"input_ids": short}, {"input_ids": long}])
-    assert maps.stack[0].real.tolist() == [[True] * 3 + [False] * 4] + [[True] * POS] * 2
+    assert maps.by_layer[0].real.tolist() == [[True] * 3 + [False] * 4] + [[True] * POS] * 2
     near(maps.dense(1, "pre", 2, 1), composition_maps(model, short).dense(1, "pre", 2, 1))
     near(maps.dense(1, "pre", 6, 4, 2), composition_maps(model, long).dense(1, "pre", 6, 4, 1))
     means = [composition_maps(model, ids).mean(0, "post") for ids in (short, long[:1], long[1:])]
@@ -338,7 +338,7 @@ def test_reading_leaves_the_model_as_it_was() -> None:
     assert not any(m._forward_hooks for m in model.modules() if isinstance(m, Compose))
     maps = composition_maps(model.bfloat16(), batch())
     assert maps.dense(0, "pre", 3, 1).dtype == torch.float32
-    assert not any(x.requires_grad for layer in maps.stack for s in layer.stages.values() for _, x in s.tensors())
+    assert not any(x.requires_grad for layer in maps.by_layer for s in layer.stages.values() for _, x in s.tensors())
 
 
 def test_embeddings_instead_of_tokens() -> None:
@@ -362,7 +362,7 @@ def test_only_factors_are_kept() -> None:
     counts = []
     for n in (10, 20):
         maps = composition_maps(model, torch.randint(3, zoo.VOCAB, (1, n)))
-        counts.append(sum(x.numel() for layer in maps.stack for s in layer.stages.values() for _, x in s.tensors()))
+        counts.append(sum(x.numel() for layer in maps.by_layer for s in layer.stages.values() for _, x in s.tensors()))
     assert counts[1] == 2 * counts[0]
     assert counts[0] == LAYERS * 10 * 4 * (2 * 2 + 1) * HEADS  # per side: w1 and w2 of rank 2, a gate
 

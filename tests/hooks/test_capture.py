@@ -9,13 +9,13 @@ from torch import Tensor
 
 import headlab as hl
 from headlab.hooks.patterns import Look, at_patterns
-from headlab.models.access import inner, rows
+from headlab.models.access import bare_model, rows
 from tests.helpers import zoo
 
 
 def run(model: Any, batch: dict[str, Tensor], what: Any, heads: Any = None, reduce: Any = None) -> Any:
     with torch.no_grad(), hl.capture(model, heads, what, reduce) as acts:
-        inner(model)(**batch)
+        bare_model(model)(**batch)
     return acts
 
 

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import headlab as hl
 from headlab.dcmha.maps import composition_maps
 from headlab.hooks.patterns import Look, at_patterns
-from headlab.models.access import inner, rows
+from headlab.models.access import bare_model, rows
 from headlab.models.attention_modules import Attention
 from tests.helpers import zoo
 
@@ -30,7 +30,7 @@ def looks(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> dict[in
         seen[row.row] = look
 
     with torch.no_grad(), at_patterns(model, see, **options):
-        inner(model)(**batch)
+        bare_model(model)(**batch)
     return seen
 
 
@@ -141,12 +141,12 @@ def test_one_layer_is_gone_before_the_next_one_is_seen(name: str, bridged: bool)
 
     batch = zoo.batch_for(name, labels=False)
     with torch.no_grad(), at_patterns(model, see):
-        inner(model)(**batch)
+        bare_model(model)(**batch)
     assert at_once == [1] * len(rows(model))
     assert not any(ref() is not None for ref in memory)
     kept = []
     with torch.no_grad(), at_patterns(model, lambda row, look: (see(row, look), kept.append(look.pattern))):
-        inner(model)(**batch)
+        bare_model(model)(**batch)
     assert at_once[len(rows(model)) :] == list(range(1, len(rows(model)) + 1))  # so it would have been noticed
 
 

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from headlab import HeadlabError
 from headlab.dcmha.attachment import COMPOSING
 from headlab.models import variants
-from headlab.models.variants import Variant, base_of, become, unwrapped
+from headlab.models.variants import Variant, base_name, base_of, become
 from headlab.pruning.narrowed import PRUNING
 from tests.helpers import zoo
 
@@ -88,14 +88,14 @@ def test_variants_nest(winged: Variant) -> None:
     assert found[outer.config_class] is outer
     assert found[winged.config_class(hf.LlamaConfig)] is winged.model_class(hf.LlamaForCausalLM)
     assert (config.headlab, config.wings) == (None, {"span": 3})
-    assert unwrapped(outer.__name__) == ("LlamaForCausalLM", (winged, PRUNING))
-    assert unwrapped("headlab_winged_llama") == ("llama", (winged, PRUNING))
+    assert base_name(outer.__name__) == ("LlamaForCausalLM", (winged, PRUNING))
+    assert base_name("headlab_winged_llama") == ("llama", (winged, PRUNING))
 
 
 def test_names_without_their_variants() -> None:
-    assert unwrapped("LlamaForCausalLM") == ("LlamaForCausalLM", ())
-    assert unwrapped("PrunedComposedGPT2DoubleHeadsModel") == ("GPT2DoubleHeadsModel", (COMPOSING, PRUNING))
-    assert unwrapped("headlab_gpt_neox") == ("gpt_neox", (PRUNING,))
+    assert base_name("LlamaForCausalLM") == ("LlamaForCausalLM", ())
+    assert base_name("PrunedComposedGPT2DoubleHeadsModel") == ("GPT2DoubleHeadsModel", (COMPOSING, PRUNING))
+    assert base_name("headlab_gpt_neox") == ("gpt_neox", (PRUNING,))
 
 
 def test_every_described_model_type_has_its_variants() -> None:

@@ -73,7 +73,7 @@ def test_heads_of_every_stack_are_on_the_map(alike: Similarity) -> None:
     assert sum(len(trace.x) for trace in figure.data) == len(alike.heads)
     near, value = alike.nearest("enc.L0H0", 1)[0]
     assert f"<b>enc.L0H0</b>, cluster 0<br>nearest: {near}, {value:.3g} nats" in figure.data[0].text
-    np.testing.assert_array_equal(figure.data[0].x[0], alike.places[0, 0])
+    np.testing.assert_array_equal(figure.data[0].x[0], alike.points[0, 0])
 
 
 def test_the_map_can_be_coloured_by_layer(alike: Similarity) -> None:

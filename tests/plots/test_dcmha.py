@@ -64,7 +64,7 @@ def test_mean_maps_of_a_layer(maps: CompositionMaps) -> None:
 
 
 def test_maps_of_a_pruned_layer_have_the_original_heads_on_their_axes(maps: CompositionMaps) -> None:
-    layer, same = maps.stack[1], torch.ones(2, 2) / 2
+    layer, same = maps.by_layer[1], torch.ones(2, 2) / 2
     nothing = Side()
     pre = StageMaps((0, 4), (1, 4), 3, True, same, nothing, nothing)
     post = StageMaps((1, 4), (), 3, True, None, nothing, nothing)
