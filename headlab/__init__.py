@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from .pruning.timing import Timing, timing
     from .report_page.build import report
     from .results import Result
-    from .scores import Head, HeadMask, HeadScores
+    from .scores import HeadMask, HeadScores
     from .studies.checkpoints import profile
     from .studies.correlation import correlate
     from .studies.stacks import stack_curves
+    from .tables import Head
 
 _HOME = {  # no module may have the name of something public: importing it would hide the other
     "attention.prompts": ("attention_patterns",),
@@ -65,7 +66,8 @@ _HOME = {  # no module may have the name of something public: importing it would
     "pruning.timing": ("Timing", "timing"),
     "report_page.build": ("report",),
     "results": ("Result",),
-    "scores": ("Head", "HeadMask", "HeadScores"),
+    "scores": ("HeadMask", "HeadScores"),
+    "tables": ("Head",),
     "studies.checkpoints": ("profile",),
     "studies.correlation": ("correlate",),
     "studies.stacks": ("stack_curves",),

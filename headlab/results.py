@@ -9,38 +9,30 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from safetensors import SafetensorError, safe_open
 
 from .errors import HeadlabError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FORMAT = 1
+KINDS = "headlab.results"  # the entry points by which a kind's class is found before anyone has imported it
 _kinds: dict[str, type[Result]] = {}
-_HOMES = {  # to load them
-    "ablation": "attribution.ablation",
-    "circuits": "circuits.summary",
-    "composition": "circuits.composition",
-    "correlation": "studies.correlation",
-    "curve": "pruning.curves",
-    "directions": "circuits.tokens",
-    "mask": "scores",
-    "patterns": "attention.roles",
-    "profile": "studies.checkpoints",
-    "roles": "attention.roles",
-    "scores": "scores",
-    "similarity": "attention.similarity",
-    "timing": "pruning.timing",
-}
 _UNWRITTEN = (OSError, SafetensorError)  # what a full disk raises; safetensors has its own error for it
 
 
 class Result:
-    """Base of everything that headlab saves. A subclass names its `kind` and turns itself into plain data and back."""
+    """Base of everything that headlab saves. A subclass names its `kind` and turns itself into plain data and back.
+
+    So that `Result.load` finds it, a kind is also an entry point of the group `headlab.results` in `pyproject.toml`.
+    """
 
     kind: ClassVar[str] = ""
     record: dict[str, Any]
@@ -52,28 +44,43 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         """Write the result to a JSON file, in one step. Returns the path."""
-        data = {"headlab": FORMAT, "kind": self.kind, "record": self.record} | self._body()
+        data = {"headlab": FORMAT, "kind": self.kind} | self.to_plain()
         text = json.dumps(data, indent=1, allow_nan=False)
         return write(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a result of this kind (or, from `Result` itself, of any kind)."""
-        data = read_json(Path(path))
-        kind = str(data.pop("kind", None))
-        if kind in _HOMES:
-            import_module(f".{_HOMES[kind]}", __package__)
-        found = _kinds.get(kind)
-        if data.pop("headlab", None) != FORMAT or found is None:
+        """Read a result of this kind (or, from `Result` itself, of any kind).
+
+        Raises:
+            HeadlabError: there is no such file, it is damaged, or it holds something else.
+        """
+        path = Path(path)
+        found = _class_of(kind_of(path))
+        if found is None:
             raise HeadlabError(f"{path} is not a result that this version of headlab can read")
         if not issubclass(found, cls):
             raise HeadlabError(f"{path} holds a {found.kind}, but a {cls.kind} was expected")
         try:
-            return found._from_body(data, data.pop("record"))
+            return found._read(path)
         except HeadlabError as error:  # what the file says cannot be: a score that is not finite, a head twice
             raise HeadlabError(f"{path} is damaged: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError):
             raise HeadlabError(f"{path} is damaged: it does not hold what a {found.kind} holds") from None
+
+    def to_plain(self) -> dict[str, Any]:
+        """The result and its record as JSON can hold them."""
+        return {"record": self.record} | self._body()
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Self:
+        """The other way round."""
+        body = dict(data)
+        return cls._from_body(body, body.pop("record"))
+
+    @classmethod
+    def _read(cls, path: Path) -> Self:
+        return cls.from_plain({key: value for key, value in read_json(path).items() if key not in ("headlab", "kind")})
 
     def _body(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -81,6 +88,68 @@ class Result:
     @classmethod
     def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> Self:
         raise NotImplementedError
+
+
+class TensorResult(Result):
+    """Base of results that are mostly tensors: safetensors files, in whose header everything else is text."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to a safetensors file, in one step. Returns the path."""
+        from safetensors.torch import save_file  # which imports torch
+
+        texts, tensors = self._parts()
+        meta = {"headlab": str(FORMAT), "kind": self.kind, "record": json.dumps(self.record)} | texts
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        return write(path, lambda temporary: save_file(whole, temporary, metadata=meta))
+
+    @classmethod
+    def _read(cls, path: Path) -> Self:
+        with safe_open(str(path), framework="pt") as file:
+            texts = dict(file.metadata())
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return cls._from_parts(texts, tensors, json.loads(texts["record"]))
+
+    def _parts(self) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """Texts and tensors, by name."""
+        raise NotImplementedError
+
+    @classmethod
+    def _from_parts(cls, texts: dict[str, str], tensors: dict[str, Tensor], record: dict[str, Any]) -> Self:
+        raise NotImplementedError
+
+
+def kind_of(path: Path) -> str:
+    """Which kind of result a file holds, by what is in it; empty if this version of headlab cannot read it.
+
+    Raises:
+        HeadlabError: there is no such file, or it is no result at all.
+    """
+    if not _holds_tensors(path):
+        about = read_json(path)
+        return str(about.get("kind")) if about.get("headlab") == FORMAT else ""
+    try:
+        with safe_open(str(path), framework="np") as file:
+            texts = file.metadata() or {}
+    except SafetensorError as error:
+        raise HeadlabError(f"{path} is damaged: {error}") from None
+    return str(texts.get("kind")) if texts.get("headlab") == str(FORMAT) else ""
+
+
+def _holds_tensors(path: Path) -> bool:
+    """Whether a file begins as safetensors files do: with the length of a header, and a brace."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(9)
+            return begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= os.fstat(file.fileno()).st_size
+    except OSError:
+        return False  # whoever reads it says why
+
+
+def _class_of(kind: str) -> type[Result] | None:
+    if kind not in _kinds:
+        for home in entry_points(group=KINDS, name=kind):
+            home.load()
+    return _kinds.get(kind)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,9 +160,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise HeadlabError(f"could not read {path}: {_reason(error)}") from error
     except (UnicodeDecodeError, json.JSONDecodeError):
-        raise HeadlabError(
-            f"{path} is not a headlab result, or cut off (it is not JSON): remove it to make it again"
-        ) from None
+        why = "it is neither JSON nor a safetensors file"
+        raise HeadlabError(f"{path} is not a headlab result, or cut off ({why}): remove it to make it again") from None
     if not isinstance(data, dict):
         raise HeadlabError(f"{path} is not a headlab result")
     return data
@@ -227,22 +295,3 @@ class StepLog:
         except OSError as error:
             message = f"could not write {self.path}: {_reason(error)}; run again to go on from the last step"
             raise HeadlabError(message) from error
-
-
-def read_tensors(path: str | Path, kind: str, no: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """The texts and the tensors of a result that is a safetensors file.
-
-    Raises:
-        HeadlabError: there is no such file, or it is none of this kind (`no` says so: "is not a fill").
-    """
-    if not Path(path).is_file():
-        raise HeadlabError(f"there is no file {path}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError:
-        raise HeadlabError(f"{path} {no} (it is not a safetensors file)") from None
-    if meta.get("kind") != kind or meta.get("headlab") != str(FORMAT):
-        raise HeadlabError(f"{path} {no} that this version of headlab can read")
-    return meta, tensors

@@ -1,55 +1,20 @@
-"""Heads, and what is said of them: scores (a number each) and masks (kept or removed). numpy only, no model needed.
-
-Everything has one row per attention module: encoder layers first, then decoder layers, then cross-attention. Rows may
-differ in length, because a pruned model has fewer heads in some layers than in others.
-"""
+"""Scores (a number for every head) and masks (kept or removed). numpy only, no model needed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
+from .choices import Unit, check
 from .errors import HeadlabError
-from .results import Result
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-Unit = Literal["head", "group"]
-Rows = tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True, order=True)
-class Head:
-    """One attention head. In a pruned model its labels stay those of the original."""
-
-    row: int  # which row of scores and masks it stands in
-    layer: int  # within its stack
-    index: int  # within its layer
-    stack: str = ""  # "enc", "dec" or "cross" in an encoder-decoder, else empty
-    group: int = 0  # the key-value head it reads
-    d_head: int = 0
-    site: str = ""  # the module whose input its output is part of
-
-    def __str__(self) -> str:
-        return f"{self.stack}{'.' if self.stack else ''}L{self.layer}H{self.index}"
-
-
-Heads = tuple[tuple[Head, ...], ...]  # one tuple per row
-
-
-def by_row(heads: Iterable[Head], n_rows: int | None = None) -> Heads:
-    """Heads in rows; `n_rows` counts the last rows too if they are empty."""
-    heads = sorted(heads)
-    last = max((head.row for head in heads), default=-1) + 1
-    return tuple(tuple(head for head in heads if head.row == row) for row in range(max(last, n_rows or 0)))
+from .tables import Head, Heads, HeadTable, Rows, by_row, read_heads, write_heads
 
 
 @dataclass(frozen=True, eq=False)
-class HeadRows(Result):
+class HeadRows(HeadTable):
     """Numbers in rows, labelled with heads where they are known; what scores and masks have in common."""
 
     rows: Rows
@@ -69,7 +34,7 @@ class HeadRows(Result):
 
     @property
     def labels(self) -> Heads:
-        """The heads, named by row and place if nothing better is known."""
+        """The heads, named by row and number if nothing better is known."""
         if self.heads is not None:
             return self.heads
         return tuple(tuple(Head(r, r, i, group=i) for i in range(len(row))) for r, row in enumerate(self.rows))
@@ -96,28 +61,14 @@ class HeadRows(Result):
                 f"make it for this model, or pass its bare rows (headlab.{what}(x.rows)) if you mean to carry it over"
             )
 
-    def to_frame(self) -> pd.DataFrame:
-        """A table with one line per head."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            {"head": str(head), "stack": head.stack, "layer": head.layer, "index": head.index, "group": head.group}
-            | self._columns(head.row, place)
-            for row in self.labels
-            for place, head in enumerate(row)
-        )
-
-    def _columns(self, row: int, place: int) -> dict[str, Any]:
-        raise NotImplementedError  # each kind names its own
-
     def _body(self) -> dict[str, Any]:
-        heads = None if self.heads is None else [[vars(head) for head in row] for row in self.heads]
+        heads = None if self.heads is None else list(map(write_heads, self.heads))
         return {"heads": heads, "rows": [row.tolist() for row in self.rows]}
 
     @classmethod
     def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> Self:
         heads = body.pop("heads")
-        labelled = None if heads is None else tuple(tuple(Head(**head) for head in row) for row in heads)
+        labelled = None if heads is None else tuple(map(read_heads, heads))
         return cls(heads=labelled, record=record, **body)
 
 
@@ -148,8 +99,8 @@ class HeadMask(HeadRows):
     def removed(self) -> list[Head]:
         return sorted({head for row in self.labels for head in row} - set(self.kept))
 
-    def _columns(self, row: int, place: int) -> dict[str, Any]:
-        return {"kept": bool(self.rows[row][place])}
+    def _told(self, row: int, i: int) -> dict[str, Any]:
+        return {"kept": bool(self.rows[row][i])}
 
     def __repr__(self) -> str:
         return f"HeadMask({len(self.kept)} of {len(self)} heads kept, rows {_lengths([len(r) for r in self.rows])})"
@@ -177,14 +128,13 @@ class HeadScores(HeadRows):
 
         A unit is a head, or the heads that read one key-value head. A group's score is the sum of its heads' scores.
         """
-        if unit not in ("head", "group"):
-            raise HeadlabError(f"unit is 'head' or 'group', not {unit!r}")
+        check("unit", unit, Unit)
         if unit == "group" and self.heads is None:
             raise HeadlabError("these scores do not know which heads share a key-value head: give them heads=")
         groups: dict[tuple[int, int], list[tuple[Head, float]]] = {}
         for labels, values in zip(self.labels, self.rows, strict=True):
-            for place, (head, value) in enumerate(zip(labels, values, strict=True)):
-                key = (head.row, head.group if unit == "group" else place)
+            for i, (head, value) in enumerate(zip(labels, values, strict=True)):
+                key = (head.row, head.group if unit == "group" else i)
                 groups.setdefault(key, []).append((head, float(value)))
         units = [(tuple(h for h, _ in members), sum(v for _, v in members)) for members in groups.values()]
         return sorted(units, key=lambda item: item[1])
@@ -227,8 +177,8 @@ class HeadScores(HeadRows):
             return float("nan")
         return float(spearmanr(self.flat, other.flat).statistic)
 
-    def _columns(self, row: int, place: int) -> dict[str, Any]:
-        return {"score": self.rows[row][place]} | {name: rows[row][place] for name, rows in self.columns.items()}
+    def _told(self, row: int, i: int) -> dict[str, Any]:
+        return {"score": self.rows[row][i]} | {name: rows[row][i] for name, rows in self.columns.items()}
 
     def _body(self) -> dict[str, Any]:
         columns = {name: [row.tolist() for row in rows] for name, rows in self.columns.items()}

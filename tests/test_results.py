@@ -5,8 +5,10 @@ import json
 import os
 import resource
 import stat
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -165,8 +167,8 @@ def test_a_log_killed_at_any_byte_ends_as_if_never_killed(tmp_path: Path) -> Non
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
         begun = StepLog(path, HEADER)
-        assert len(begun.rows) == max(0, whole[:size].count(b"\n") - 1)
-        assert finish(path).rows == ROWS
+        assert len(begun.done) == max(0, whole[:size].count(b"\n") - 1)
+        assert finish(path).done == ROWS
         assert path.read_bytes() == whole
 
 
@@ -225,7 +227,7 @@ def test_a_log_on_a_full_disk_goes_on_from_its_last_row(tmp_path: Path) -> None:
 
 def test_a_log_without_a_path_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert finish(None).rows == ROWS
+    assert finish(None).done == ROWS
     assert names(tmp_path) == []
     with pytest.raises(HeadlabError, match="could not read"):
         StepLog(tmp_path, HEADER)
@@ -237,8 +239,8 @@ GOOD = {"headlab": 1, "kind": "scores", "record": {}, "heads": None, "rows": [[1
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("no json", "not JSON"),
-        (b"\xff\xfe\x00", "not JSON"),
+        ("no json", "neither JSON nor"),
+        (b"\xff\xfe\x00", "neither JSON nor"),
         ("[1, 2]", "is not a headlab result"),
         ("{}", "not a result that this version"),
         (GOOD | {"headlab": 99}, "not a result that this version"),
@@ -268,3 +270,12 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         Result.load(tmp_path / "none.json")
     with pytest.raises(HeadlabError, match="could not read"):
         Result.load(tmp_path)
+
+
+def test_every_kind_is_found_by_its_name() -> None:
+    """The entry points that are installed are those of pyproject.toml; if not: install again (pip install -e .)."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    installed = {home.name: home for home in entry_points(group=results.KINDS)}
+    assert {name: home.value for name, home in installed.items()} == project["entry-points"][results.KINDS]
+    assert all(home.load().kind == name for name, home in installed.items())
+    assert set(installed) == set(results._kinds)

@@ -10,7 +10,8 @@ from scipy.stats import spearmanr
 
 from headlab.errors import HeadlabError
 from headlab.results import Result
-from headlab.scores import Head, HeadMask, HeadRows, HeadScores, by_row
+from headlab.scores import HeadMask, HeadRows, HeadScores
+from headlab.tables import Head, by_row
 
 NUMBERS = st.floats(-1e6, 1e6, allow_subnormal=False)
 ROWS = st.lists(st.lists(NUMBERS, min_size=0, max_size=5), min_size=1, max_size=5).filter(lambda rows: any(rows))

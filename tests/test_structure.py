@@ -12,13 +12,14 @@ import synthetic_tasks as st
 from docs import structure
 from headlab import dcmha
 
-WORDS = "errors version results scores tables"  # that everyone uses
+WORDS = "errors version choices results tables scores"  # that everyone uses
 MAY_IMPORT = {  # each what stands to its left; the four between dcmha and loading never one another
     "errors": "",
     "version": "",
+    "choices": "errors",
     "results": "errors",
-    "scores": "errors results",
-    "tables": "errors results scores",
+    "tables": "errors results",
+    "scores": "errors choices results tables",
     "models": WORDS,
     "data": f"{WORDS} models",
     "hooks": f"{WORDS} models data",

@@ -16,7 +16,7 @@ from ..data.losses import forward
 from ..hooks.patterns import Look, at_patterns
 from ..models.access import bare_model, evaluating, rows, tokenizer
 from ..models.attention_modules import Attention, bare
-from ..scores import Head, Heads, Rows
+from ..tables import Head, Heads, Rows
 from .induction import Copying, special_tokens
 from .statistics import LayerSums, Text, aligned, marked, right_padded, visible
 

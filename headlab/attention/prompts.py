@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float, Float16
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data.batches import Batch, count_examples, describe_data, prepare, real_tokens
@@ -19,15 +17,15 @@ from ..errors import HeadlabError
 from ..hooks.patterns import Look, at_patterns
 from ..models.access import bare_model, describe, rows, tokenizer
 from ..models.attention_modules import Attention
-from ..results import FORMAT, Result, read_tensors, write
-from ..scores import Head
+from ..results import TensorResult
+from ..tables import Head, read_heads, write_heads
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
-class Pattern(Result):
+class Pattern(TensorResult):
     """Where heads look in one prompt, in float16 (three digits); padding is left out.
 
     Attributes:
@@ -98,23 +96,18 @@ class Pattern(Result):
             pairs += [(head, *at, value) for at, value in zip(where, best.values.tolist(), strict=True)]
         return sorted(pairs, key=lambda pair: -pair[3])[:k]
 
-    def save(self, path: str | Path) -> Path:
-        """Write the patterns to a safetensors file, in one step. Returns the path."""
-        tensors = {str(i): self.values[head].contiguous() for i, head in enumerate(self.heads)}
-        tensors |= {f"{i}.raw": self.raw[head].contiguous() for i, head in enumerate(self.heads) if head in self.raw}
-        texts = {"heads": [asdict(head) for head in self.heads], "tokens": self.tokens, "record": self.record}
-        meta = {"headlab": str(FORMAT), "kind": self.kind} | {name: json.dumps(text) for name, text in texts.items()}
-        return write(path, lambda temporary: save_file(tensors, temporary, metadata=meta))
+    def _parts(self) -> tuple[dict[str, str], dict[str, Tensor]]:
+        tensors = {str(i): self.values[head] for i, head in enumerate(self.heads)}
+        tensors |= {f"{i}.raw": self.raw[head] for i, head in enumerate(self.heads) if head in self.raw}
+        return {"heads": json.dumps(write_heads(self.heads)), "tokens": json.dumps(self.tokens)}, tensors
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read patterns from their safetensors file."""
-        meta, tensors = read_tensors(path, cls.kind, "holds no attention patterns")
-        heads = tuple(Head(**head) for head in json.loads(meta["heads"]))
+    def _from_parts(cls, texts: dict[str, str], tensors: dict[str, Tensor], record: dict[str, Any]) -> Self:
+        heads = read_heads(json.loads(texts["heads"]))
         values = {head: tensors[str(i)] for i, head in enumerate(heads)}
         raw = {head: tensors[f"{i}.raw"] for i, head in enumerate(heads) if f"{i}.raw" in tensors}
-        tokens = {stack: tuple(words) for stack, words in json.loads(meta["tokens"]).items()}
-        return cls(heads, values, raw, tokens, json.loads(meta["record"]))
+        tokens = {stack: tuple(words) for stack, words in json.loads(texts["tokens"]).items()}
+        return cls(heads, values, raw, tokens, record)
 
     def __repr__(self) -> str:
         lengths = " and ".join(f"{len(words)} {stack}".strip() for stack, words in self.tokens.items())

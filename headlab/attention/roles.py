@@ -11,8 +11,7 @@ from torch import nn
 from ..data.batches import Batches, describe_data, prepare
 from ..errors import HeadlabError
 from ..models.access import describe
-from ..scores import Head, Rows
-from ..tables import HeadTable
+from ..tables import Head, HeadColumns, Rows
 from .collecting import holes, measured
 from .induction import Copying, repeated
 
@@ -36,7 +35,7 @@ ROLES = {  # how much it takes; a head's main role is the first of these that it
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PatternStats(HeadTable):
+class PatternStats(HeadColumns):
     """Statistics of attention patterns, as made by `patterns`, where every number is explained."""
 
     kind = "patterns"
@@ -46,7 +45,7 @@ class PatternStats(HeadTable):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Roles(HeadTable):
+class Roles(HeadColumns):
     """Which head plays which roles, and the numbers that decided, as made by `roles`.
 
     Attributes:
@@ -57,13 +56,13 @@ class Roles(HeadTable):
     kind = "roles"
     thresholds: dict[str, float] = field(default_factory=lambda: dict(ROLES))
 
-    def playing(self, row: int, place: int) -> list[str]:
-        """The roles of a head, its main one first; none for most heads. A head is given by its place in `heads`."""
+    def playing(self, row: int, i: int) -> list[str]:
+        """The roles of a head, its main one first; none for most heads. The head is `heads[row][i]`."""
         found = []
         for role in ROLES:
-            enough = role in self.columns and self.columns[role][row][place] >= self.thresholds[role]
+            enough = role in self.columns and self.columns[role][row][i] >= self.thresholds[role]
             if role == "induction" and enough:
-                copying, error = (found["copying"][row][place] for found in (self.columns, self.errors))
+                copying, error = (found["copying"][row][i] for found in (self.columns, self.errors))
                 enough = not copying <= 2 * np.nan_to_num(error)  # unknown copying is no objection
             if enough:
                 found.append(role)
@@ -77,13 +76,13 @@ class Roles(HeadTable):
         """
         if role not in ROLES:
             raise HeadlabError(f"a role is one of {', '.join(ROLES)}, not {role!r}")
-        labels = [(row, place, head) for row, heads in enumerate(self.heads) for place, head in enumerate(heads)]
-        mine = {head for row, place, head in labels if role in self.playing(row, place)}
+        labels = [(row, i, head) for row, heads in enumerate(self.heads) for i, head in enumerate(heads)]
+        mine = {head for row, i, head in labels if role in self.playing(row, i)}
         return [head for head, _ in self.top(len(labels), role) if head in mine] if mine else []
 
-    def _told(self, row: int, place: int) -> dict[str, Any]:
-        playing = self.playing(row, place)
-        return {"role": playing[0] if playing else "", "roles": ", ".join(playing)} | super()._told(row, place)
+    def _told(self, row: int, i: int) -> dict[str, Any]:
+        playing = self.playing(row, i)
+        return {"role": playing[0] if playing else "", "roles": ", ".join(playing)} | super()._told(row, i)
 
     def _body(self) -> dict[str, Any]:
         return super()._body() | {"thresholds": self.thresholds}

@@ -19,7 +19,7 @@ from ..hooks.patterns import Look, at_patterns
 from ..models.access import bare_model, describe, evaluating, rows
 from ..models.attention_modules import Attention
 from ..results import Result
-from ..scores import Head
+from ..tables import Head, read_heads, write_heads
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,8 +76,7 @@ class Similarity(Result):
         for i, head in enumerate(self.heads):
             close = self.nearest(head, 1)
             x, y = (float(value) for value in self.points[i])
-            line = {"head": str(head), "stack": head.stack, "layer": head.layer, "index": head.index, "group": head.group}
-            line |= {"cluster": self.clusters[i], "x": x, "y": y}
+            line = head.columns | {"cluster": self.clusters[i], "x": x, "y": y}
             line |= {"nearest": str(close[0][0]) if close else "", "divergence": close[0][1] if close else np.nan}
             lines.append(line)
         return pd.DataFrame(lines)
@@ -85,7 +84,7 @@ class Similarity(Result):
     def _body(self) -> dict[str, Any]:
         upper = self.distances[np.triu_indices(len(self.heads), 1)]
         return {
-            "heads": [vars(head) for head in self.heads],
+            "heads": write_heads(self.heads),
             "distances": [None if np.isnan(x) else x for x in upper.tolist()],
             "clusters": list(self.clusters),
             "places": self.points.tolist(),
@@ -93,7 +92,7 @@ class Similarity(Result):
 
     @classmethod
     def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> Self:
-        heads = tuple(Head(**head) for head in body["heads"])
+        heads = read_heads(body["heads"])
         distances = np.zeros((len(heads), len(heads)))
         distances[np.triu_indices(len(heads), 1)] = np.array(body["distances"], dtype=float)
         points = np.array(body["places"], dtype=float).reshape(len(heads), 2)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..choices import check
 from ..data.batches import Batch, Batches, count_examples, describe_data, prepare
 from ..data.losses import Loss, check_losses, loss_name, own_loss
 from ..errors import HeadlabError
@@ -29,6 +30,7 @@ from ..models.attention_modules import Attention, submodule
 from ..results import StepLog
 from ..scores import HeadScores
 
+Order = Literal["value", "size"]
 ALPHA = 0.01  # the significance level of Michel et al. 2019, tables 1 to 3
 
 
@@ -38,8 +40,8 @@ class AblationScores(HeadScores):
 
     kind = "ablation"
 
-    def _columns(self, row: int, place: int) -> dict[str, Any]:
-        shown = super()._columns(row, place)
+    def _told(self, row: int, i: int) -> dict[str, Any]:
+        shown = super()._told(row, i)
         return shown | {"significant": "*" if shown["p"] < ALPHA else ""} if "p" in shown else shown
 
 
@@ -49,7 +51,7 @@ def ablation(
     *,
     loss: Loss | None = None,
     keep_one: bool = False,
-    order: Literal["value", "size"] = "value",
+    order: Order = "value",
     fill: Fill | None = None,
     site: str = "output",
     log: str | Path | None = None,
@@ -78,8 +80,7 @@ def ablation(
         HeadlabError: bad batches or options; a loss that is NaN or infinite; a log of another computation.
     """
     check_fill(model, fill, site)
-    if order not in ("value", "size"):
-        raise HeadlabError(f"order is 'value' or 'size', not {order!r}")
+    check("order", order, Order)
     data = prepare(model, batches)
     record = {
         "method": "ablation",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..choices import Denominator, Method, Normalize, Reduction, check
 from ..data.batches import Batch, Batches, count_examples, describe_data, prepare, real_tokens
 from ..data.losses import Loss, check_losses, loss_name, own_loss
 from ..errors import HeadlabError
@@ -22,16 +23,12 @@ from ..models.access import describe, evaluating, head_rows, is_folded, rows
 from ..models.attention_modules import Attention, weight_blocks
 from ..scores import HeadScores
 
-Reduction = Literal["token", "example", "batch", "signed"]
-Denominator = Literal["examples", "tokens", "published"]
-Normalize = Literal["layer", "minmax"]
-
 
 def importance(
     model: nn.Module,
     batches: Batches | None = None,
     *,
-    method: Literal["taylor", "random", "magnitude"] = "taylor",
+    method: Method = "taylor",
     loss: Loss | None = None,
     reduction: Reduction = "example",
     denominator: Denominator = "examples",
@@ -63,6 +60,7 @@ def importance(
         HeadlabError: bad batches or options; NaN or infinity (naming the first head and batch where it appeared); a layer
             whose float16 gradients are all exactly zero.
     """
+    check("method", method, Method)
     labels = head_rows(model, site)
     record: dict[str, Any] = {"method": method, "model": describe(model), "site": site}
     if method == "random":
@@ -71,12 +69,10 @@ def importance(
         return HeadScores(tuple(values), labels, record | {"seed": seed})
     if method == "magnitude":
         return HeadScores(tuple(_magnitudes(model, site)), labels, record)
-    if method != "taylor":
-        raise HeadlabError(f"method is 'taylor', 'random' or 'magnitude', not {method!r}")
-    _check_option("reduction", reduction, Reduction)
-    _check_option("denominator", denominator, Denominator)
+    check("reduction", reduction, Reduction)
+    check("denominator", denominator, Denominator)
     if normalize is not None:
-        _check_option("normalize", normalize, Normalize)
+        check("normalize", normalize, Normalize)
     if batches is None:
         raise HeadlabError("method 'taylor' needs batches to take gradients on")
     check_fill(model, fill, site)
@@ -96,11 +92,6 @@ def importance(
         "fill": None if fill is None else fill.record,
     }
     return HeadScores(tuple(values), labels, record)
-
-
-def _check_option(name: str, value: object, options: Any) -> None:
-    if value not in options.__args__:
-        raise HeadlabError(f"{name} is one of {', '.join(map(repr, options.__args__))}, not {value!r}")
 
 
 class _Gate(torch.autograd.Function):

@@ -21,12 +21,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..choices import Norm
 from ..errors import HeadlabError
 from ..models.access import bare_model, describe, rows
 from ..models.attention_modules import Attention, bare, weight_blocks
-from ..models.norms import Norm, approximate, circuits_of, gain, norm_before
+from ..models.norms import approximate, circuits_of, gain, norm_before
 from ..results import Result
-from ..scores import Head
+from ..tables import Head, read_heads, write_heads
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -217,13 +218,13 @@ class CompositionScores(_TensorLike, Result):
 
     def _body(self) -> dict[str, Any]:
         values = [[None if isnan(value) else value for value in row] for row in self.values.tolist()]
-        ends = {"sources": [vars(head) for head in self.sources], "readers": [vars(end) for end in self.readers]}
+        ends = {"sources": write_heads(self.sources), "readers": [vars(end) for end in self.readers]}
         return {"what": self.what, "d_model": self.d_model, **ends, "values": values}
 
     @classmethod
     def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> Self:
         reader = MapReader if body["what"] == "M" else Head
-        sources, readers = tuple(Head(**x) for x in body["sources"]), tuple(reader(**x) for x in body["readers"])
+        sources, readers = read_heads(body["sources"]), tuple(reader(**x) for x in body["readers"])
         numbers = [[torch.nan if value is None else value for value in row] for row in body["values"]]
         values = torch.tensor(numbers, dtype=torch.float32).reshape(len(sources), len(readers))
         return cls(body["what"], sources, readers, values, body["d_model"], record)

@@ -8,15 +8,16 @@ x_key W_V W_O.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..choices import Norm
 from ..errors import HeadlabError
 from ..models.access import fingerprint, rows
 from ..models.attention_modules import Attention
-from ..models.norms import Norm, circuits_of
+from ..models.norms import circuits_of
 from ..models.positions import angles, turned
 from ..models.projections import Projections
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
     from ..dcmha.maps import CompositionMaps
-
-Circuit = Literal["qk", "ov"]
 
 
 class ComposedCircuit(NamedTuple):

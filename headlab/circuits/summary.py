@@ -6,9 +6,10 @@ W_E W_V W_O W_U through W_O W_U W_E W_V, whose eigenvalues are the same but for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,32 +17,28 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..choices import Circuit, Norm
 from ..errors import HeadlabError
 from ..models.access import describe, rows
 from ..models.attention_modules import Attention
-from ..models.norms import Norm, approximate, circuits_of
+from ..models.norms import approximate, circuits_of
 from ..models.positions import angles, is_rotary, turned
 from ..models.projections import Projections
-from ..results import Result
-from ..scores import Head, Heads, HeadScores
+from ..scores import HeadScores
+from ..tables import Head, HeadColumns, Heads, read_heads
 from .tokens import Moments, Vocabulary, moments_of, parts, vocabulary_of
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TOP = 8  # singular values kept per circuit
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128)
-Spectrum = Literal["qk", "ov"]
+SINGULAR = ("qk_singular", "ov_singular")
 
 
-@dataclass(frozen=True, eq=False)
-class CircuitTable(Result):
-    """Numbers of every head's circuits. None (NaN in tables) is a number that a head does not have; `why` says so.
+@dataclass(frozen=True, eq=False, repr=False)
+class CircuitTable(HeadColumns):
+    """Numbers of every head's circuits. NaN is a number that a head does not have; `why` says so. The `columns`:
 
-    `lines` has a dict per head, in the order of `heads`:
         `qk_frobenius`, `qk_spectral`, `ov_frobenius`, `ov_spectral`: norms of W_Q W_K^T (before any rotation) and W_V W_O.
         `qk_rank`, `ov_rank`: the effective rank (sum of singular values)^2 / sum of their squares, from 1 to d_head.
-        `qk_singular`, `ov_singular`: the largest singular values, at most 8.
         `copying`: sum of the eigenvalues of W_E W_V W_O W_U over the sum of their sizes, from -1 to 1 (Elhage et al. 2021,
             "A Mathematical Framework for Transformer Circuits"); `ov_positive`: the share of them with a positive real
             part.
@@ -49,34 +46,20 @@ class CircuitTable(Result):
             in the QK circuit at distance d.
         `token_token`, `token_position`, `position_token`, `position_position` (learned positions): the shares of
             `score_parts`, query first.
-        `exact`, `why`: whether the circuits are all there is to it, and if not, why.
+        `qk_s1` ..., `ov_s1` ...: the largest singular values, at most 8.
+
+    Attributes:
+        exact: row by row, whether the circuits are all there is to a head.
+        why: and if not, or where a number is missing, why.
     """
 
     kind = "circuits"
-    heads: Heads
-    lines: list[dict[str, Any]]
-    record: dict[str, Any] = field(default_factory=dict)
+    exact: tuple[tuple[bool, ...], ...] = ()
+    why: tuple[tuple[str, ...], ...] = ()
 
-    @property
-    def columns(self) -> list[str]:
-        """The names of the numbers that every head has one of."""
-        return [name for name in self.lines[0] if name not in ("qk_singular", "ov_singular", "exact", "why")]
-
-    def to_frame(self) -> pd.DataFrame:
-        """A table with one line per head; singular values are the columns `qk_s1` ... and `ov_s1` ..."""
-        import pandas as pd
-
-        lines = []
-        for head, numbers in zip(self._flat(), self.lines, strict=True):
-            line = {"head": str(head), "stack": head.stack, "layer": head.layer, "index": head.index, "group": head.group}
-            line |= {name: _number(numbers[name]) for name in self.columns}
-            for circuit in ("qk", "ov"):
-                found = numbers[f"{circuit}_singular"] or []
-                line |= {f"{circuit}_s{i + 1}": value for i, value in enumerate(found)}
-            lines.append(line | {"exact": numbers["exact"], "why": numbers["why"]})
-        frame = pd.DataFrame(lines)
-        last = ["exact", "why"]
-        return frame[[name for name in frame if name not in last] + last]
+    def singular_values(self, circuit: Circuit) -> list[str]:
+        """The columns of a circuit's singular values, the largest first."""
+        return [name for name in self.columns if re.fullmatch(rf"{circuit}_s\d+", name)]
 
     def scores(self, name: str) -> HeadScores:
         """One of the numbers as scores, to draw, compare or rank by.
@@ -84,39 +67,60 @@ class CircuitTable(Result):
         Raises:
             HeadlabError: there is no such number, or not for every head.
         """
-        values = iter(self._values(name))
-        found = tuple(np.array([next(values) for _ in row]) for row in self.heads)
-        for head, numbers in zip(self._flat(), self.lines, strict=True):
-            if numbers[name] is None:
-                raise HeadlabError(f"{name} is not known of every head, {head} for one ({numbers['why']}): use to_frame()")
-        return HeadScores(found, self.heads, self.record | {"method": name})
+        values = self.values(name)
+        for row, heads in enumerate(self.heads):
+            for i, head in enumerate(heads):
+                if np.isnan(values[row][i]):
+                    raise HeadlabError(
+                        f"{name} is not known of every head, {head} for one ({self.why[row][i]}): use to_frame()"
+                    )
+        return HeadScores(values, self.heads, self.record | {"method": name})
 
     def top(self, k: int = 10, by: str = "copying") -> list[tuple[Head, float]]:
         """The k heads with the largest value of a number, the largest first; heads without it are left out."""
-        known = [(h, v) for h, v in zip(self._flat(), self._values(by), strict=True) if not np.isnan(v)]
-        return sorted(known, key=lambda item: -item[1])[:k]
+        return super().top(k, by)
 
-    def _values(self, name: str) -> list[float]:
-        if name not in self.columns:
-            raise HeadlabError(f"the table has no number {name!r} of each head: there are {', '.join(self.columns)}")
-        return [_number(line[name]) for line in self.lines]
-
-    def _flat(self) -> list[Head]:
-        return [head for row in self.heads for head in row]
+    def _told(self, row: int, i: int) -> dict[str, Any]:
+        return super()._told(row, i) | {"exact": self.exact[row][i], "why": self.why[row][i]}
 
     def _body(self) -> dict[str, Any]:
-        return {"heads": [[vars(head) for head in row] for row in self.heads], "lines": self.lines}
+        return super()._body() | {"exact": self.exact, "why": self.why}
 
     @classmethod
     def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> CircuitTable:
-        return cls(tuple(tuple(Head(**head) for head in row) for row in body["heads"]), body["lines"], record)
+        if "lines" in body:  # as version 0.1.0 has it: a line per head
+            return cls._of_lines(tuple(map(read_heads, body["heads"])), body["lines"], record)
+        body |= {name: tuple(map(tuple, body[name])) for name in ("exact", "why")}
+        return super()._from_body(body, record)
+
+    @classmethod
+    def _of_lines(cls, heads: Heads, lines: Sequence[Mapping[str, Any]], record: dict[str, Any]) -> CircuitTable:
+        """From a dict per head, in the order of the heads; singular values are lists in it."""
+        names = dict.fromkeys(name for line in lines for name in line if name not in ("exact", "why"))
+        found: dict[str, list[float]] = {
+            name: [_number(line.get(name)) for line in lines] for name in names if name not in SINGULAR
+        }
+        for name in SINGULAR:
+            longest = max(len(line.get(name) or ()) for line in lines)
+            for i in range(longest):
+                values = ((line.get(name) or ()) for line in lines)
+                found[f"{name[:4]}{i + 1}"] = [of[i] if i < len(of) else np.nan for of in values]
+        columns = {name: _in_rows(np.array(values), heads) for name, values in found.items()}
+        exact, why = (tuple(map(tuple, _in_rows([line[name] for line in lines], heads))) for name in ("exact", "why"))
+        return cls(heads, columns, {}, record, exact, why)
 
     def __repr__(self) -> str:
-        return f"CircuitTable({len(self.lines)} heads in {len(self.heads)} rows, norm={self.record.get('norm')!r})"
+        return f"CircuitTable({sum(map(len, self.heads))} heads in {len(self.heads)} rows, norm={self.record.get('norm')!r})"
 
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
+
+
+def _in_rows(values: Any, heads: Heads) -> tuple[Any, ...]:
+    """One value per head, row by row."""
+    ends = np.cumsum([len(row) for row in heads])
+    return tuple(values[end - len(row) : end] for row, end in zip(heads, ends, strict=True))
 
 
 def circuit_table(model: nn.Module, norm: Norm = "fold") -> CircuitTable:
@@ -140,11 +144,7 @@ def circuit_table(model: nn.Module, norm: Norm = "fold") -> CircuitTable:
             vocabulary = vocabulary_of(model, row, norm)
             around[row.stack] = vocabulary, vocabulary.around(), moments_of(model, row, vocabulary)
         lines += _row_lines(model, row, labels, norm, *around[row.stack])
-    names = list(dict.fromkeys(name for line in lines for name in line if name not in ("exact", "why")))
-    names += ["exact", "why"]  # last, and the same for every head, those of layers without rotation too
-    lines = [{name: line.get(name) for name in names} for line in lines]
-    record = {"method": "circuits", "model": describe(model), "norm": norm}
-    return CircuitTable(heads, lines, record)
+    return CircuitTable._of_lines(heads, lines, {"method": "circuits", "model": describe(model), "norm": norm})
 
 
 def _heads(row: Attention) -> tuple[Head, ...]:
@@ -236,7 +236,7 @@ def copying(eigenvalues: Complex[Tensor, " n"]) -> tuple[float | None, float | N
     return float(eigenvalues.real.sum() / sizes.sum()), float(positive.double().mean())
 
 
-def _spectra(circuit: Spectrum, small: Float[Tensor, "head n m"]) -> list[dict[str, Any]]:
+def _spectra(circuit: Circuit, small: Float[Tensor, "head n m"]) -> list[dict[str, Any]]:
     """Norms, rank and singular values of circuits, given matrices with the same singular values."""
     lines = []
     for values in torch.linalg.svdvals(small):

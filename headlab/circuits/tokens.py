@@ -14,15 +14,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..choices import Circuit, Norm, check
 from ..errors import HeadlabError
 from ..models.access import bare_model, describe, tokenizer
 from ..models.attention_modules import Attention, bare
-from ..models.norms import Gain, Norm, approximate, circuits_of, final_norm, gain
+from ..models.norms import Gain, approximate, circuits_of, final_norm, gain
 from ..models.positions import learned_positions
 from ..models.projections import wide
 from ..results import Result
-from ..scores import Head
-from .matrices import Circuit, factored, find_row, ov_factors, qk_factors
+from ..tables import Head
+from .matrices import factored, find_row, ov_factors, qk_factors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,8 +110,7 @@ def _sides(
     model: nn.Module, layer: int, head: int, circuit: Circuit, norm: Norm, distance: int | None, stack: str
 ) -> tuple[Attention, Vocabulary, Tensor, Tensor]:
     """A head's circuit between tokens as two factors: the row, the vocabulary, [d_model, d_head] and [d_head, d_model]."""
-    if circuit not in ("qk", "ov"):
-        raise HeadlabError(f"circuit is 'qk' or 'ov', not {circuit!r}")
+    check("circuit", circuit, Circuit)
     if circuit == "ov" and distance is not None:
         raise HeadlabError("an OV circuit is the same at every distance: leave distance out")
     row = find_row(model, layer, stack)

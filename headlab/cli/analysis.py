@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from ..choices import Circuit, Norm
 from ..errors import HeadlabError
 from . import results_folder
-from .options import BatchSize, Device, Dtype, Examples, Length, Model, Norm, Out, Precision, Text
+from .options import BatchSize, Device, Examples, Length, Model, Out, Precision, TextFile
 
 if TYPE_CHECKING:
     from ..data.batches import Batch
 
-CIRCUITS: tuple[Literal["qk", "ov"], ...] = ("qk", "ov")
+CIRCUITS: tuple[Circuit, ...] = get_args(Circuit)
 analysis = typer.Typer()
 Prompt = typer.Option("--prompt", "-p", help="A text (token numbers without a tokenizer); several may be given.")
 Checkpoints = Annotated[Path, typer.Argument(help="The folder of a training run, with a model in each folder inside.")]
@@ -27,11 +28,11 @@ Scores = Annotated[Path, typer.Argument(help="A file of scores, as in results/sc
 def circuits(
     model: Model,
     out: Out = Path("results"),
-    norm: Annotated[Norm, typer.Option(help="fold the gains of the norms into the weights, or leave them raw.")] = Norm.fold,
+    norm: Annotated[Norm, typer.Option(help="fold the gains of the norms into the weights, or leave them raw.")] = "fold",
     head: Annotated[
         list[str] | None, typer.Option("--head", help="Also read this head's directions as tokens, as in L3H5; several.")
     ] = None,
-    dtype: Precision = Dtype.auto,
+    dtype: Precision = "auto",
     device: Device = "cpu",
 ) -> None:
     """What every head looks for (QK) and carries (OV), and how heads feed each other. Goes on where it stopped."""
@@ -45,28 +46,26 @@ def circuits(
     known = {str(found): found for found in heads(loaded)}
     if unknown := [name for name in head or [] if name not in known]:
         raise HeadlabError(f"the model has no head {unknown[0]}; its heads are {next(iter(known))} to {list(known)[-1]}")
-    table = results_folder.once(
-        CircuitTable, out / "circuits.json", loaded, lambda: circuit_table(loaded, norm.value), norm=norm.value
-    )
+    table = results_folder.once(CircuitTable, out / "circuits.json", loaded, lambda: circuit_table(loaded, norm), norm=norm)
     results_folder.write_csv(table, out / "circuits.csv")
-    if len(table.top(len(table.lines), "copying")) == len(table.lines):  # known of every head
+    if table.known("copying"):
         plots.save_html(plots.heads(table.scores("copying")), out / "circuits-copying.html")
     for circuit in CIRCUITS:
         plots.save_html(plots.spectra(table, circuit), out / f"circuits-{circuit}.html")
     scored: dict[str, Callable[[], CompositionScores]] = {}
     if len({row.stack for row in rows(loaded)}) == 1:  # between stacks they would mean nothing
-        scored |= {kind: partial(composition_scores, loaded, kind, norm.value) for kind in ("Q", "K", "V")}
+        scored |= {kind: partial(composition_scores, loaded, kind, norm) for kind in ("Q", "K", "V")}
     if any(row.compose is not None for row in rows(loaded)):
-        scored["M"] = partial(map_composition, loaded, norm.value)
+        scored["M"] = partial(map_composition, loaded, norm)
     for kind, make in scored.items():
-        found = results_folder.once(CompositionScores, out / f"composition-{kind}.json", loaded, make, norm=norm.value)
+        found = results_folder.once(CompositionScores, out / f"composition-{kind}.json", loaded, make, norm=norm)
         plots.save_html(plots.composition_matrix(found), out / f"composition-{kind}.html")
         plots.save_html(plots.composition_graph(found), out / f"composition-{kind}-graph.html")
         typer.echo(f"{kind}-composition: " + "; ".join(map(str, found.top(3))))
     for name in head or []:
         one = known[name]
         for circuit in CIRCUITS:
-            read = directions(loaded, one.layer, one.index, circuit, norm=norm.value, stack=one.stack)
+            read = directions(loaded, one.layer, one.index, circuit, norm=norm, stack=one.stack)
             read = results_folder.store(read, out / f"directions-{name}-{circuit}.json")
             plots.save_html(plots.tokens_of(read), out / f"directions-{name}-{circuit}.html")
     typer.echo(f"{len(known)} heads; written to {out / 'circuits.json'}")
@@ -86,7 +85,7 @@ def roles(
     length: Length = 64,
     batch_size: BatchSize = 8,
     seed: int = 0,
-    dtype: Precision = Dtype.auto,
+    dtype: Precision = "auto",
     device: Device = "cpu",
 ) -> None:
     """Where heads look: their roles, their patterns' statistics, which heads are alike; and patterns on prompts."""
@@ -139,7 +138,7 @@ def maps(
     layer: Annotated[
         list[int] | None, typer.Option("--layer", "-l", help="Also draw this layer's mean maps; may be given several times.")
     ] = None,
-    dtype: Precision = Dtype.auto,
+    dtype: Precision = "auto",
     device: Device = "cpu",
 ) -> None:
     """Read the composition maps of a model with composed heads (DCMHA) on prompts."""
@@ -195,7 +194,7 @@ def correlate(
 @analysis.command()
 def profile(
     checkpoints: Checkpoints,
-    text: Text,
+    text: TextFile,
     out: Out = Path("results"),
     scoring: Annotated[
         Path | None, typer.Option(help="What heads are scored on, if not on the text that the curves are measured on.")
@@ -213,7 +212,7 @@ def profile(
     from ..studies.checkpoints import profile as over_training
 
     found = checkpoint_folders(checkpoints)
-    first = results_folder.open_model(str(found[0]), Dtype.auto, device)
+    first = results_folder.open_model(str(found[0]), "auto", device)
     data, other = (
         None if file is None else results_folder.batches(first, file, examples, length, batch_size, seed)
         for file in (text, scoring)

@@ -8,26 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..choices import Method, Policy, Reduction, Unit
 from ..errors import HeadlabError
 from . import results_folder
 from .options import (
     BatchSize,
     Device,
-    Dtype,
     Examples,
     Filled,
     FillKind,
-    Gqa,
     Length,
-    Method,
     Model,
     Order,
     Out,
     Precision,
-    Reduction,
     Site,
-    Text,
-    Unit,
+    TextFile,
 )
 
 if TYPE_CHECKING:
@@ -43,16 +39,16 @@ def score(
     model: Model,
     text: Annotated[Path | None, typer.Option("--text", "-t", help="Text file (not needed for a baseline).")] = None,
     out: Out = Path("results"),
-    method: Method = Method.taylor,
-    reduction: Reduction = Reduction.example,
+    method: Method = "taylor",
+    reduction: Reduction = "example",
     normalize: Annotated[bool, typer.Option("--normalize", help="Divide by the layer's l2 norm.")] = False,
     site: Site = "output",
-    fill: Filled = FillKind.zero,
+    fill: Filled = "zero",
     examples: Examples = 16,
     length: Length = 64,
     batch_size: BatchSize = 8,
     seed: int = 0,
-    dtype: Precision = Dtype.auto,
+    dtype: Precision = "auto",
     device: Device = "cpu",
 ) -> None:
     """Score every head by one forward and one backward pass (or by a baseline)."""
@@ -61,13 +57,13 @@ def score(
 
     loaded = results_folder.open_model(model, dtype, device)
     data = None
-    if method is Method.taylor:
+    if method == "taylor":
         data = results_folder.batches(loaded, results_folder.needed(text), examples, length, batch_size, seed)
     scores = importance(
         loaded,
         data,
-        method=method.value,
-        reduction=reduction.value,
+        method=method,
+        reduction=reduction,
         normalize="layer" if normalize else None,
         fill=None if data is None else results_folder.fill(loaded, data, fill, out),
         site=site,
@@ -82,17 +78,17 @@ def score(
 @pruning.command()
 def ablate(
     model: Model,
-    text: Text,
+    text: TextFile,
     out: Out = Path("results"),
     keep_one: Annotated[bool, typer.Option("--keep-one", help="Remove every other head of the layer instead.")] = False,
     by_size: Annotated[bool, typer.Option("--by-size", help="Score by the size of the change, not its value.")] = False,
     site: Site = "output",
-    fill: Filled = FillKind.zero,
+    fill: Filled = "zero",
     examples: Examples = 16,
     length: Length = 64,
     batch_size: BatchSize = 8,
     seed: int = 0,
-    dtype: Precision = Dtype.auto,
+    dtype: Precision = "auto",
     device: Device = "cpu",
 ) -> None:
     """The exact change of the loss with each head removed. Goes on where it stopped."""
@@ -123,25 +119,23 @@ def ablate(
 @pruning.command()
 def curve(
     model: Model,
-    text: Text,
+    text: TextFile,
     out: Out = Path("results"),
-    order: Annotated[
-        Order, typer.Option(help="What goes first; taylor and ablation are read from the folder.")
-    ] = Order.taylor,
+    order: Annotated[Order, typer.Option(help="What goes first; taylor and ablation are read from the folder.")] = "taylor",
     reestimate: Annotated[bool, typer.Option("--reestimate", help="Score again (Taylor) before every step.")] = False,
-    unit: Unit = Unit.head,
+    unit: Unit = "head",
     by_stack: Annotated[
         bool, typer.Option("--by-stack", help="Encoder, decoder and cross-attention apart, one curve each.")
     ] = False,
     site: Site = "output",
     steps: Annotated[int, typer.Option(min=1, help="Steps from the whole model to the last fraction.")] = 10,
     until: Annotated[float, typer.Option(help="The last fraction of heads removed.")] = 1.0,
-    fill: Filled = FillKind.zero,
+    fill: Filled = "zero",
     examples: Examples = 16,
     length: Length = 64,
     batch_size: BatchSize = 8,
     seed: int = 0,
-    dtype: Precision = Dtype.auto,
+    dtype: Precision = "auto",
     device: Device = "cpu",
 ) -> None:
     """The loss against the share of heads removed. Goes on where it stopped."""
@@ -160,10 +154,10 @@ def curve(
         scores = lambda m: importance(m, data, fill=stand_in, site=site)  # noqa: E731
     else:
         scores = results_folder.ordered(loaded, order, site, seed, out)
-    parts = ["reestimated" if reestimate else order, "group" if unit is Unit.group else "", "mean" if stand_in else ""]
+    parts = ["reestimated" if reestimate else order, "group" if unit == "group" else "", "mean" if stand_in else ""]
     name = results_folder.named("-".join(filter(None, ["curve", *parts])), site)
     fractions = [until * step / steps for step in range(steps + 1)]
-    options: dict[str, Any] = {"fill": stand_in, "unit": unit.value, "log": out / f"{name}.log.jsonl"}
+    options: dict[str, Any] = {"fill": stand_in, "unit": unit, "log": out / f"{name}.log.jsonl"}
     if by_stack:
         results = {f"{name}-{stack}": one for stack, one in stack_curves(loaded, scores, data, fractions, **options).items()}
     else:
@@ -183,17 +177,15 @@ def prune(
     model: Model,
     out: Out = Path("results"),
     keep: Annotated[float, typer.Option(help="The share of heads (or groups) that stays.")] = 0.7,
-    order: Annotated[
-        Order, typer.Option(help="What goes first; taylor and ablation are read from the folder.")
-    ] = Order.taylor,
-    unit: Unit = Unit.head,
+    order: Annotated[Order, typer.Option(help="What goes first; taylor and ablation are read from the folder.")] = "taylor",
+    unit: Unit = "head",
     at_least: Annotated[int, typer.Option(min=0, help="Units of every layer that stay in any case.")] = 0,
-    gqa: Annotated[Gqa, typer.Option(help="What to do where groups keep unequal numbers of query heads.")] = Gqa.pad,
+    gqa: Annotated[Policy, typer.Option(help="What to do where groups keep unequal numbers of query heads.")] = "pad",
     site: Site = "output",
-    fill: Annotated[FillKind, typer.Option(help="zero, or the means that an earlier command measured.")] = FillKind.zero,
+    fill: Annotated[FillKind, typer.Option(help="zero, or the means that an earlier command measured.")] = "zero",
     to: Annotated[Path | None, typer.Option(help="Folder of the pruned model; by default OUT/pruned.")] = None,
     seed: int = 0,
-    dtype: Precision = Dtype.auto,
+    dtype: Precision = "auto",
     device: Device = "cpu",
 ) -> None:
     """Save a model without its least important heads. It opens with headlab.load, or transformers' from_pretrained."""
@@ -207,9 +199,9 @@ def prune(
 
     loaded = results_folder.open_model(model, dtype, device)
     scores = results_folder.ordered(loaded, order, site, seed, out)
-    mask = scores.keep(keep, unit=unit.value, at_least=at_least)
-    means = None if fill is FillKind.zero else Fill.load(out / "fill-mean.safetensors")
-    small = pruned(loaded, mask, means, gqa.value, site)
+    mask = scores.keep(keep, unit=unit, at_least=at_least)
+    means = None if fill == "zero" else Fill.load(out / "fill-mean.safetensors")
+    small = pruned(loaded, mask, means, gqa, site)
     batch = probe_batch(loaded)
     with torch.inference_mode():
         with masked(loaded, mask, means, site):
@@ -235,7 +227,7 @@ def time(
     pruned: Annotated[Path | None, typer.Option(help="Folder of the pruned model; by default OUT/pruned.")] = None,
     sizes: Annotated[str, typer.Option(help="Examples x tokens, as in 1x64,16x256.")] = "1x64,4x64,16x64,16x256",
     repeats: Annotated[int, typer.Option(min=1, help="Timed passes per size.")] = 10,
-    dtype: Precision = Dtype.auto,
+    dtype: Precision = "auto",
     device: Device = "cpu",
 ) -> None:
     """Parameters, bytes on disk and latency of the dense, masked and pruned model."""

@@ -25,7 +25,7 @@ def open_model(name: str, dtype: Dtype, device: str) -> Any:
 
     quieten()
     check_device(device)
-    return load(name, dtype=dtype if dtype is Dtype.auto else getattr(torch, dtype), device=device)
+    return load(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device)
 
 
 def check_device(device: str) -> None:
@@ -86,7 +86,7 @@ def fill(model: nn.Module, data: list[Batch], kind: FillKind, out: Path) -> Fill
     """The means of the folder, measured now if they are not there yet."""
     from ..hooks.fills import Fill, fill
 
-    if kind is FillKind.zero:
+    if kind == "zero":
         return None
     path = out / "fill-mean.safetensors"
     if path.exists():
@@ -107,8 +107,8 @@ def ordered(model: nn.Module, order: Order, site: str, seed: int, out: Path) -> 
     """The scores that say what goes first."""
     from ..attribution.gradients import importance
 
-    if order in (Order.random, Order.magnitude):
-        return importance(model, method=order.value, seed=seed, site=site)  # type: ignore[arg-type]
+    if order in ("random", "magnitude"):
+        return importance(model, method=order, seed=seed, site=site)
     return read_scores(out / f"{named(f'scores-{order}', site)}.json")
 
 

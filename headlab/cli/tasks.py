@@ -11,7 +11,7 @@ import typer
 
 from ..errors import HeadlabError
 from . import results_folder
-from .options import BatchSize, Device, Dtype, Model, Out, Precision
+from .options import BatchSize, Device, Model, Out, Precision
 
 if TYPE_CHECKING:
     from synthetic_tasks.evaluation.scoring import Evaluation
@@ -72,7 +72,7 @@ def evaluate(
     mask: Annotated[Path | None, typer.Option(help="A mask (JSON): which heads are left out.")] = None,
     attention: Annotated[Part | None, typer.Option(help="Also measure every head's attention to this part.")] = None,
     batch_size: BatchSize = 8,
-    dtype: Precision = Dtype.auto,
+    dtype: Precision = "auto",
     device: Device = "cpu",
 ) -> None:
     """How many answers a language model gets right, by what the tasks are made of. Goes on where it stopped."""

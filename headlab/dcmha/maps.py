@@ -11,12 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import sqrt
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +23,7 @@ from ..data.losses import forward
 from ..errors import HeadlabError
 from ..models.access import describe, evaluating, rows, tokenizer
 from ..models.attention_modules import Attention, bare
-from ..results import FORMAT, Result, read_tensors, write
+from ..results import TensorResult
 from .branches import STAGES
 from .compose import Compose, Side, Sides
 from .factors import FACTORS, PARTS, SIDES, LayerMaps, Moments, StageMaps, mean_product, moments
@@ -47,7 +45,7 @@ class Link(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class CompositionMaps(Result):
+class CompositionMaps(TensorResult):
     """Composition maps of texts. A map is [head from, head to], in float32; `heads` says which heads these are.
 
     `layer` is the number of a layer (of `layers`); `stage` is `pre` (scores) or `post` (probabilities); `query`, `key`
@@ -108,14 +106,18 @@ class CompositionMaps(Result):
         pre, post = (self._stage(layer, stage) for stage in STAGES)
         return mean_product(pre, post, self._layer(layer).pairs()).float()
 
-    def top(self, k: int = 10) -> list[Link]:
-        """The k strongest links between different heads, by the size of their mean effective weight."""
+    def links(self) -> list[Link]:
+        """All links between different heads, the strongest first, by the size of their mean effective weight."""
         links = []
         for layer in self.layers:
             sources, targets = self.heads(layer, "pre")[0], self.heads(layer, "post")[1]
             for m, weights in zip(sources, self.mean_effective(layer).tolist(), strict=True):
                 links += [Link(layer, m, n, weight) for n, weight in zip(targets, weights, strict=True) if m != n]
-        return sorted(links, key=lambda link: -abs(link.weight))[:k]
+        return sorted(links, key=lambda link: -abs(link.weight))
+
+    def top(self, k: int = 10) -> list[Link]:
+        """The k strongest of the `links`."""
+        return self.links()[:k]
 
     # --- how far from the identity, and what makes the maps vary
 
@@ -175,8 +177,7 @@ class CompositionMaps(Result):
 
     # --- saving
 
-    def save(self, path: str | Path) -> Path:
-        """Write the factors to a safetensors file, in one step. Returns the path."""
+    def _parts(self) -> tuple[dict[str, str], dict[str, Tensor]]:
         tensors: dict[str, Tensor] = {}
         layers = []
         for i, layer in enumerate(self.by_layer):
@@ -184,17 +185,14 @@ class CompositionMaps(Result):
             stages = {}
             for stage, maps in layer.stages.items():
                 stages[stage] = (maps.sources, maps.targets, maps.per_group, maps.residual)
-                tensors |= {f"{i}.{stage}.{name}": x.contiguous() for name, x in maps.tensors()}
+                tensors |= {f"{i}.{stage}.{name}": x for name, x in maps.tensors()}
             layers.append({"layer": layer.layer, "causal": layer.causal, "window": layer.window, "stages": stages})
-        meta = {"headlab": str(FORMAT), "kind": self.kind, "layers": json.dumps(layers), "record": json.dumps(self.record)}
-        return write(path, lambda temporary: save_file(tensors, temporary, metadata=meta))
+        return {"layers": json.dumps(layers)}, tensors
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read maps from their safetensors file."""
-        meta, tensors = read_tensors(path, cls.kind, "holds no composition maps")
+    def _from_parts(cls, texts: dict[str, str], tensors: dict[str, Tensor], record: dict[str, Any]) -> Self:
         by_layer = []
-        for i, about in enumerate(json.loads(meta["layers"])):
+        for i, about in enumerate(json.loads(texts["layers"])):
             stages = {}
             for stage, (sources, targets, per_group, residual) in about.pop("stages").items():
                 start = f"{i}.{stage}"
@@ -202,7 +200,7 @@ class CompositionMaps(Result):
                 ends = tuple(sources), tuple(targets)
                 stages[stage] = StageMaps(*ends, per_group, residual, tensors.get(f"{start}.base"), query, key)
             by_layer.append(LayerMaps(**about, real=tensors[f"{i}.real"], stages=stages))
-        return cls(tuple(by_layer), json.loads(meta["record"]))
+        return cls(tuple(by_layer), record)
 
     def __repr__(self) -> str:
         real = self.by_layer[0].real

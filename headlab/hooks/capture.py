@@ -9,19 +9,22 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..choices import check
 from ..errors import HeadlabError
 from ..models.access import rows
 from ..models.attention_modules import Attention, weight_blocks
-from ..scores import Head
+from ..tables import Head
 from .patterns import Look, at_patterns
 from .sites import Pass, at_sites
+
+What = Literal["scores", "pattern", "z", "result"]
 
 
 @contextmanager
 def capture(
     model: nn.Module,
     heads: Sequence[Head] | None = None,
-    what: Literal["z", "result", "scores", "pattern"] = "z",
+    what: What = "z",
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Mapping[Head, list[Tensor]]]:
     """Record what heads carry or where they look, one tensor per head and forward pass.
@@ -40,8 +43,7 @@ def capture(
     >>> with capture(model, hl.heads(model)[:1], "z", reduce=lambda z: z.norm(dim=-1)) as acts:  # doctest: +SKIP
     ...     model(**batch)
     """
-    if what not in ("z", "result", "scores", "pattern"):
-        raise HeadlabError(f"what is 'scores', 'pattern', 'z' or 'result', not {what!r}")
+    check("what", what, What)
     site = "probabilities" if what == "scores" else "output"  # composed heads may have the one and not the other
     found = [row for row in rows(model) if row.slots]
     known = {row.row: (row if row.compose is None else row.at(site)).heads for row in found}

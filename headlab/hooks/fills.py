@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data.batches import Batches, describe_data, prepare, real_tokens
@@ -19,7 +16,7 @@ from ..data.losses import forward
 from ..errors import HeadlabError
 from ..models.access import describe, evaluating, fingerprint, rows
 from ..models.attention_modules import Attention
-from ..results import FORMAT, Result, read_tensors, write
+from ..results import TensorResult
 from .sites import Pass, at_sites
 
 
@@ -33,7 +30,7 @@ def check_fill(model: nn.Module, fill: Fill | None, site: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Fill(Result):
+class Fill(TensorResult):
     """What stands in for removed heads, measured on data.
 
     Attributes:
@@ -65,23 +62,17 @@ class Fill(Result):
         if made_for != this:
             raise HeadlabError(f"the fill was measured on another model (fingerprint {made_for}; this one is {this})")
 
-    def save(self, path: str | Path) -> Path:
-        """Write the fill to a safetensors file, in one step. Returns the path."""
+    def _parts(self) -> tuple[dict[str, str], dict[str, Tensor]]:
         groups = {"values": self.values, "lengths": self.lengths, "keys": self.keys}
-        tensors = {f"{name}.{i}": t.contiguous() for name, group in groups.items() for i, t in enumerate(group)}
-        meta = {"headlab": str(FORMAT), "kind": self.kind, "how": self.how, "record": json.dumps(self.record)}
-        return write(path, lambda temporary: save_file(tensors, temporary, metadata=meta))
+        return {"how": self.how}, {f"{name}.{i}": t for name, group in groups.items() for i, t in enumerate(group)}
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a fill from its safetensors file."""
-        meta, tensors = read_tensors(path, cls.kind, "is not a fill")
-
+    def _from_parts(cls, texts: dict[str, str], tensors: dict[str, Tensor], record: dict[str, Any]) -> Self:
         def group(name: str) -> tuple[Tensor, ...]:
             n = sum(key.startswith(f"{name}.") for key in tensors)
             return tuple(tensors[f"{name}.{i}"] for i in range(n))
 
-        return cls(meta["how"], group("values"), group("lengths"), group("keys"), json.loads(meta["record"]))
+        return cls(texts["how"], group("values"), group("lengths"), group("keys"), record)
 
 
 class StandIn:

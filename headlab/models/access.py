@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import HeadlabError
-from ..scores import Head, Heads
+from ..tables import Head, Heads
 from ..version import __version__
 from .attention_modules import Attention, attentions, bare
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import HeadlabError
-from ..scores import Head
+from ..tables import Head
 from .families import Family, family_of
 
 Groups = tuple[tuple[int, tuple[int | None, ...]], ...]

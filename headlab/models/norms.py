@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..choices import Norm, check
 from ..errors import HeadlabError
 from .access import bare_model, is_folded, rows
 from .attention_modules import Attention, bare, submodule
 from .projections import Projections, projections, wide
 
-Norm = Literal["raw", "fold"]
 _BEFORE = ("input_layernorm", "ln_1", "layer_norm", "layernorm_before")  # beside the attention module
 _FINAL = ("norm", "ln_f", "final_layer_norm")  # beside the layers
 
@@ -88,8 +88,7 @@ def circuits_of(model: nn.Module, row: Attention, norm: Norm) -> Projections:
     Raises:
         HeadlabError: an unknown `norm`, or a bridge in compatibility mode.
     """
-    if norm not in ("raw", "fold"):
-        raise HeadlabError(f"norm is 'raw' or 'fold', not {norm!r}")
+    check("norm", norm, Norm)
     if is_folded(model):
         raise HeadlabError(
             "this bridge is in compatibility mode, so its weights are no longer the model's: give the model itself, "

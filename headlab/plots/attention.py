@@ -13,7 +13,7 @@ from .common import PALETTE, row_names
 if TYPE_CHECKING:
     from ..attention.roles import Roles
     from ..attention.similarity import Similarity
-    from ..scores import Head
+    from ..tables import Head
 
 COLOURS = {
     "induction": "#d62728",

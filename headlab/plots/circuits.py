@@ -12,7 +12,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from ..circuits.summary import CircuitTable, Spectrum
+from ..choices import Circuit, check
+from ..circuits.summary import CircuitTable
 from ..circuits.tokens import Directions
 from ..errors import HeadlabError
 from .common import shown
@@ -20,12 +21,10 @@ from .common import shown
 _LONGEST = 14  # characters of a token in a cell
 
 
-def spectra(table: CircuitTable, circuit: Spectrum = "ov") -> go.Figure:
+def spectra(table: CircuitTable, circuit: Circuit = "ov") -> go.Figure:
     """The largest singular values of every head's circuit, over the largest one; a line per head, coloured by layer."""
-    if circuit not in ("qk", "ov"):
-        raise HeadlabError(f"circuit is 'qk' or 'ov', not {circuit!r}")
-    frame = table.to_frame()
-    names = [name for name in frame if name.startswith(f"{circuit}_s") and name[4:].isdigit()]
+    check("circuit", circuit, Circuit)
+    frame, names = table.to_frame(), table.singular_values(circuit)
     values = frame[names].to_numpy(dtype=float)  # [head, column]
     figure = _lines(
         table,

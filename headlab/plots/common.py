@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from ..results import write
-from ..scores import Heads
+from ..tables import Heads
 
 PALETTE = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f"]
 CHANCE = {"color": "#a0a0a0", "dash": "dash", "width": 1.5}

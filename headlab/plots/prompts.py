@@ -15,7 +15,7 @@ from .common import shown
 
 if TYPE_CHECKING:
     from ..attention.prompts import Pattern
-    from ..scores import Head
+    from ..tables import Head
 
 MOST = 12  # heads in one figure, unless more are asked for
 LONGEST = 16  # letters of a token beside the figure

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..choices import Unit
 from ..data.batches import Batch, Batches, describe_data, prepare
 from ..data.losses import Loss, Metric, check_losses, loss_name, own_loss
 from ..errors import HeadlabError
@@ -20,7 +21,8 @@ from ..hooks.fills import Fill, check_fill
 from ..hooks.masking import masked
 from ..models.access import describe, evaluating, fingerprint, head_rows, heads
 from ..results import Result, StepLog
-from ..scores import Head, HeadMask, HeadScores, Unit
+from ..scores import HeadMask, HeadScores
+from ..tables import Head
 
 if TYPE_CHECKING:
     import pandas as pd

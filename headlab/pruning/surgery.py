@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..choices import Policy, check
 from ..errors import HeadlabError
 from ..hooks.fills import Fill, check_fill
 from ..hooks.sites import is_hooked
@@ -27,8 +28,6 @@ from .narrowed import Left
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Policy = Literal["pad", "ungroup", "strict"]
 
 
 def prune(
@@ -55,8 +54,7 @@ def prune(
             uneven groups under `strict`.
     """
     check_fill(model, fill, site)
-    if gqa not in ("pad", "ungroup", "strict"):
-        raise HeadlabError(f"gqa is 'pad', 'ungroup' or 'strict', not {gqa!r}")
+    check("gqa", gqa, Policy)
     if is_hooked(model):
         raise HeadlabError("the model is being masked or captured right now: leave that block before you prune it")
     plain = bare_copy(model)

@@ -152,9 +152,9 @@ def _finite(value: Any) -> Any:
 def _figures(found: Found, blobs: dict[str, str]) -> list[dict[str, Any]]:
     """Draw all figures; one that fails is named among the problems."""
     figures: list[dict[str, Any]] = []
-    for title, source, draw in found.figures:
+    for title, source, plot in found.figures:
         try:
-            figure = draw()
+            figure = plot()
             text = figure.to_json()
         except Exception as error:  # one figure that fails is no reason to lose the page
             reason = f"the figure {title!r} could not be drawn ({type(error).__name__}: {error})"

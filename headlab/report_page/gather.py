@@ -10,41 +10,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..errors import HeadlabError
-from ..results import Result, read_json
-from .parts import Column, Draw, Item, Panel, Prompt
-from .sections import part_of, together
+from ..results import Result, kind_of
+from .parts import Column, Item, Panel, Plot, Prompt
+from .sections import SECTIONS, TABLE, together
 
 _NAME = re.compile(r"(?:(enc|dec|cross)\.)?L([0-9]{1,4})H([0-9]{1,4})")  # a page of more rows would not open
 _STACKS = ("", "enc", "dec", "cross")
-_ELSEWHERE = {
-    "evaluation": "synthetic_tasks.evaluation.scoring",
-    "probes": "synthetic_tasks.probes.benchmark",
-}  # kinds beside headlab's
-_TENSORS = {  # kinds that are safetensors files
-    "maps": ("headlab.dcmha.maps", "CompositionMaps"),
-    "pattern": ("headlab.attention.prompts", "Pattern"),
-}
-_SILENT = ("fill",)  # read by commands, nothing to look at
-_EXPECTED = {  # what the page can show, and which command makes it
-    "ablation": ("what the removal of each head costs", "headlab ablate MODEL --text FILE --out FOLDER"),
-    "scores": ("importance scores", "headlab score MODEL --text FILE --out FOLDER"),
-    "roles": ("roles", "headlab roles MODEL --out FOLDER"),
-    "curve": ("pruning curves", "headlab curve MODEL --text FILE --out FOLDER"),
-    "circuits": ("circuits", "headlab circuits MODEL --out FOLDER"),
-    "composition": ("composition scores", "headlab circuits MODEL --out FOLDER"),
-    "similarity": ("similar heads", "headlab roles MODEL --text FILE --out FOLDER"),
-    "pattern": ("attention patterns on prompts", "headlab roles MODEL --prompt TEXT --out FOLDER"),
-    "timing": ("sizes and speed", "headlab time MODEL --out FOLDER"),
-}
-_PRUNE = "headlab prune MODEL --out FOLDER"
-_FIRST = {"curve": ("scores",), "timing": ("scores", "mask")}  # what a command reads from the folder
-_ONE_STACK = ("composition", "pattern")  # which the commands do not make of an encoder-decoder
-_COMPOSED = ("maps", "composition maps", "headlab maps MODEL --prompt TEXT --out FOLDER")  # of models that have them
 
 
 @dataclass
@@ -57,7 +32,7 @@ class Found:
     columns: list[Column] = field(default_factory=list)
     panels: list[Panel] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
-    figures: list[tuple[str, str, Draw]] = field(default_factory=list)  # title, source, and how to draw it
+    figures: list[tuple[str, str, Plot]] = field(default_factory=list)  # title, source, and what makes it
     groups: dict[str, int] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)  # file, kind, record, whether it is of another model
     problems: list[dict[str, str]] = field(default_factory=list)  # file and reason
@@ -99,29 +74,27 @@ def gather(folder: str | Path) -> Found:
     mine = [item for item in items if not _is_other(item, main)]
     found.figures = [*together(mine), *found.figures]
     there = {item.kind for item in mine}
-    if any(row["stack"] for row in found.rows):
-        there.update(_ONE_STACK)
-    found.missing = _missing(there, composed=bool(re.match("DC|Composed", str(main.get("class", "")))))
+    stacks, composed = any(row["stack"] for row in found.rows), bool(re.match("DC|Composed", str(main.get("class", ""))))
+    found.missing = _missing(there, stacks, composed)
     return found
 
 
-def _missing(there: set[str], composed: bool) -> list[dict[str, str]]:
+def _missing(there: set[str], stacks: bool, composed: bool) -> list[dict[str, str]]:
     """What the page could show and does not, with the commands that make it, those that they need first."""
-    expected = _EXPECTED | ({_COMPOSED[0]: _COMPOSED[1:]} if composed else {})
-    commands = {kind: command for kind, (_, command) in expected.items()} | {"mask": _PRUNE}
-    steps = {kind: [one for one in (*_FIRST.get(kind, ()), kind) if one not in there] for kind in expected}
-    return [
-        {"what": what, "command": " && ".join(commands[one] for one in steps[kind])}
-        for kind, (what, _) in expected.items()
-        if kind not in there
-    ]
+    found = []
+    for kind, section in SECTIONS.items():
+        not_of_this = (section.one_stack and stacks) or (section.composed and not composed)
+        if section.what and kind not in there and not not_of_this:
+            steps = [SECTIONS[one].command for one in (*section.needs, kind) if one not in there]
+            found.append({"what": section.what, "command": " && ".join(steps)})
+    return found
 
 
 def _read(paths: Iterable[Path]) -> tuple[list[Item], list[dict[str, str]]]:
     items, problems = [], []
     for path in paths:
         try:
-            item = _open_tensors(path) if path.suffix == ".safetensors" else _open(path)
+            item = _open(path)
             if not isinstance(item.record, dict):
                 raise HeadlabError("it is damaged: it does not say how it was made")
         except HeadlabError as error:
@@ -134,29 +107,10 @@ def _read(paths: Iterable[Path]) -> tuple[list[Item], list[dict[str, str]]]:
 
 
 def _open(path: Path) -> Item:
-    kind = str(read_json(path).get("kind"))
-    if kind in _ELSEWHERE:
-        import_module(_ELSEWHERE[kind])  # by which its class is known
+    if SECTIONS.get(kind := kind_of(path), TABLE).part is None:
+        return Item(path, kind, None, {})
     result = Result.load(path)
     return Item(path, result.kind, result, result.record)
-
-
-def _open_tensors(path: Path) -> Item:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="np") as file:
-            meta = file.metadata() or {}
-    except SafetensorError as error:
-        raise HeadlabError(f"{path} is damaged: {error}") from None
-    kind = meta.get("kind", "")
-    if kind in _SILENT:
-        return Item(path, kind, None, {})
-    if kind not in _TENSORS:
-        raise HeadlabError(f"{path} is not a result that this version of headlab can read")
-    module, name = _TENSORS[kind]
-    result = getattr(import_module(module), name).load(path)
-    return Item(path, kind, result, result.record)
 
 
 def _model(item: Item) -> dict[str, Any]:
@@ -165,9 +119,9 @@ def _model(item: Item) -> dict[str, Any]:
 
 
 def _rank(item: Item) -> int:
-    """What comes first on the page: the kinds in the order in which they are expected, then all others."""
-    kinds = list(_EXPECTED)
-    return kinds.index(item.kind) if item.kind in kinds else len(kinds)
+    """What comes first on the page: the kinds that it looks out for, in their order, then all others."""
+    expected = [kind for kind, section in SECTIONS.items() if section.what]
+    return expected.index(item.kind) if item.kind in expected else len(expected)
 
 
 def _main_model(items: Iterable[Item]) -> dict[str, Any]:
@@ -186,10 +140,11 @@ def _is_other(item: Item, main: dict[str, Any]) -> bool:
 def _add(found: Found, item: Item, other: bool) -> None:
     """Add what a result has to say. Of another model that is its figures only: its heads are not these heads."""
     found.files.append({"file": item.path.name, "kind": item.kind, "record": unplaced(item.record), "other": other})
-    if item.kind in _SILENT:
+    section = SECTIONS.get(item.kind, TABLE)
+    if section.part is None:
         return
     try:
-        part = part_of(item)
+        part = section.part(item)
     except Exception as error:  # see `_read`
         found.problems.append({"file": item.path.name, "reason": f"it could not be shown ({type(error).__name__}: {error})"})
         return
@@ -200,7 +155,7 @@ def _add(found: Found, item: Item, other: bool) -> None:
         )
         found.problems.append({"file": item.path.name, "reason": reason})
         return
-    found.figures += [(f"{title} (another model)" if other else title, item.path.name, draw) for title, draw in part.figures]
+    found.figures += [(f"{title} (another model)" if other else title, item.path.name, plot) for title, plot in part.figures]
     if other:
         name = called(str(_model(item).get("name") or _model(item).get("class") or "without a name"))
         reason = f"of another model ({name}, {_model(item)['fingerprint']}): its figures are here, its heads are not"

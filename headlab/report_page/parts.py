@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-Draw = Callable[[], Any]  # gives a plotly figure
+Plot = Callable[[], Any]  # makes a plotly figure
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Part:
 
     columns: list[Column] = field(default_factory=list)
     panels: list[Panel] = field(default_factory=list)
-    figures: list[tuple[str, Draw]] = field(default_factory=list)
+    figures: list[tuple[str, Plot]] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
     groups: dict[str, int] = field(default_factory=dict)  # head -> the key-value head that it reads
     heads: set[str] = field(default_factory=set)  # that the result speaks of

@@ -1,44 +1,32 @@
 """What each kind of result adds to the page: numbers per head, lines in a head's panel, figures, prompts.
 
-A new kind needs one function here and its line in `KINDS`. A result without one still adds its table, if that has a line
+A new kind needs one function here and its line in `SECTIONS`. A result without one still adds its table, if that has a line
 per head.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .. import plots
-from ..scores import Head
-from .parts import Column, Draw, Item, Line, Panel, Part, Prompt
+from ..tables import WHICH_HEAD, Head
+from .parts import Column, Item, Line, Panel, Part, Plot, Prompt
 
 PARTNERS = 5  # shown per head and direction
 _LONGEST = 90  # characters of a prompt in the list of prompts
 _DIRECTIONS, _TOKENS = 5, 6  # shown of a circuit: singular directions, and tokens at each end of one
 _MATRIX = 400  # heads whose pairs fit in a figure that a browser draws at once
-_SINGULAR = re.compile(r": (qk|ov) s\d+$")
-_PLACES = ("head", "stack", "layer", "index", "group")  # columns of a table that say which head it is
 
 
-def part_of(item: Item) -> Part:
-    """What a result adds, by its kind."""
-    return KINDS.get(item.kind, _table)(item)
-
-
-def _figure(name: str, *given: Any) -> Any:
-    """The figure that a function of `plots` draws. Which one is looked up when it is drawn: if it fails, only it is lost."""
-    return getattr(plots, name)(*given)
-
-
-def _table(item: Item) -> Part:
-    """Every column of a table that has one line per head."""
+def _table(item: Item, labels: Mapping[str, str] | None = None, without: Collection[str] = ()) -> Part:
+    """The columns of a table that has one line per head: all but some; `labels` are better ones than their names."""
     part = Part()
     frame = item.result.to_frame() if hasattr(item.result, "to_frame") else None
     if frame is None or "head" not in frame or not frame["head"].is_unique:
@@ -47,16 +35,16 @@ def _table(item: Item) -> Part:
     part.heads.update(heads)
     if "group" in frame:
         part.groups.update(zip(heads, map(int, frame["group"]), strict=True))
-    for name in frame.columns:
-        if name in _PLACES or str(name).endswith("_se"):
+    for name in map(str, frame.columns):
+        if name in WHICH_HEAD or name in without or name.endswith("_se"):
             continue
         found = {head: kept for head, value in zip(heads, frame[name], strict=True) if (kept := _plain(value)) is not None}
-        label = f"{item.name}: {str(name).replace('_', ' ')}"
+        told = name.replace("_", " ")
         if any(isinstance(value, list) for value in found.values()):
             lines = {head: [Line(text) for text in value] for head, value in found.items() if isinstance(value, list)}
-            part.panels.append(Panel(item.kind.capitalize(), str(name).replace("_", " "), item.path.name, lines))
+            part.panels.append(Panel(item.kind.capitalize(), told, item.path.name, lines))
         elif found:
-            part.columns.append(Column(label, item.path.name, found))
+            part.columns.append(Column((labels or {}).get(name, f"{item.name}: {told}"), item.path.name, found))
     return part
 
 
@@ -71,33 +59,21 @@ def _plain(value: Any) -> Any:
     return None if value is None or value is np.nan or value == "" else str(value)
 
 
-def _scores(item: Item) -> Part:
-    result = item.result
-    part = _named_table(item, {"score": item.name})
-    part.figures.append((item.name, partial(_figure, "heads", result, plots.shown(f"Heads: {item.name}"))))
-    return part
-
-
-def _named_table(item: Item, labels: Mapping[str, str]) -> Part:
-    """A table, some of whose columns have a better label."""
-    part = _table(item)
-    better = {f"{item.name}: {name}": label for name, label in labels.items()}
-    part.columns = [Column(better.get(c.label, c.label), c.source, c.values) for c in part.columns]
+def _scores(item: Item, without: Collection[str] = ()) -> Part:
+    part = _table(item, {"score": item.name}, without)
+    part.figures.append((item.name, partial(plots.heads, item.result, plots.shown(f"Heads: {item.name}"))))
     return part
 
 
 def _ablation(item: Item) -> Part:
-    part = _scores(item)
+    part = _scores(item, without=("change", "se", "significant"))
     columns, labels = item.result.columns, item.result.labels
-    part.columns = [c for c in part.columns if c.label.removeprefix(f"{item.name}: ") not in ("change", "se", "significant")]
     alone = item.record.get("keep_one")
     what = "loss with this head alone in its layer" if alone else "loss without this head"
     lines: dict[str, list[Line]] = {}
     for row, heads in enumerate(labels):
-        for place, head in enumerate(heads):
-            change, se, p = (
-                float(columns[name][row][place]) if name in columns else math.nan for name in ("change", "se", "p")
-            )
+        for i, head in enumerate(heads):
+            change, se, p = (float(columns[name][row][i]) if name in columns else math.nan for name in ("change", "se", "p"))
             if math.isnan(change):
                 continue
             told = f"{what}: {change:+.4g}" + (f" ± {se:.2g} (standard error)" if se == se else "")
@@ -114,8 +90,8 @@ def _counted(record: Mapping[str, Any]) -> str:
 
 def _mask(item: Item) -> Part:
     result = item.result
-    part = _named_table(item, {"kept": f"{item.name} (1 kept, 0 removed)"})
-    part.figures.append((item.name, partial(_figure, "heads", result, plots.shown(f"Heads kept: {item.name}"))))
+    part = _table(item, {"kept": f"{item.name} (1 kept, 0 removed)"})
+    part.figures.append((item.name, partial(plots.heads, result, plots.shown(f"Heads kept: {item.name}"))))
     return part
 
 
@@ -138,23 +114,24 @@ def _curve(item: Item) -> Part:
 
 def _circuits(item: Item) -> Part:
     """Numbers as columns, singular values and reservations as lines."""
-    part = _table(item)
-    part.columns = [c for c in part.columns if not _SINGULAR.search(c.label) and not c.label.endswith((": exact", ": why"))]
-    heads = [str(head) for row in item.result.heads for head in row]
-    lines: dict[str, list[Line]] = {}
-    for head, line in zip(heads, item.result.lines, strict=True):
-        found = [(name, line.get(f"{name}_singular")) for name in ("qk", "ov")]
-        told = [
-            f"{name.upper()} singular values: {', '.join(f'{x:.3g}' for x in values)}" for name, values in found if values
-        ]
-        told += [f"Not all there is to it: {line['why']}"] if line.get("why") else []
-        lines[head] = [Line(text) for text in told]
-    part.panels.append(Panel("Circuits", item.name, item.path.name, {head: found for head, found in lines.items() if found}))
     table = item.result
-    part.figures += [(f"{item.name}: {circuit}", partial(_figure, "spectra", table, circuit)) for circuit in ("ov", "qk")]
+    singular = {circuit: table.singular_values(circuit) for circuit in ("qk", "ov")}
+    part = _table(item, without=("exact", "why", *singular["qk"], *singular["ov"]))
+    lines: dict[str, list[Line]] = {}
+    for row, heads in enumerate(table.heads):
+        for i, head in enumerate(heads):
+            told = []
+            for circuit, names in singular.items():
+                values = [float(table.columns[name][row][i]) for name in names]
+                if known := [f"{x:.3g}" for x in values if not math.isnan(x)]:
+                    told.append(f"{circuit.upper()} singular values: {', '.join(known)}")
+            told += [f"Not all there is to it: {why}"] if (why := table.why[row][i]) else []
+            lines |= {str(head): [Line(text) for text in told]} if told else {}
+    part.panels.append(Panel("Circuits", item.name, item.path.name, lines))
+    part.figures += [(f"{item.name}: {circuit}", partial(plots.spectra, table, circuit)) for circuit in ("ov", "qk")]
     if any(name.startswith("content_") for name in table.columns):
-        part.figures.append((f"{item.name}: content by distance", partial(_figure, "content", table)))
-    if all(line.get("copying") is not None for line in table.lines):
+        part.figures.append((f"{item.name}: content by distance", partial(plots.content, table)))
+    if "copying" in table.columns and table.known("copying"):
         part.figures.append((f"{item.name}: copying", partial(_copying, table)))
     return part
 
@@ -179,13 +156,14 @@ def _directions(item: Item) -> Part:
             told = [f"{name} {' '.join(words[direction, side, end])}" for name, side in ((into, "in"), (out, "out"))]
             lines.append(Line(f"{end} {told[0]} \u2192 {told[1]}", value=size))
     label = f"{result.circuit.upper()}: top singular directions, from + and - end"
-    figures: list[tuple[str, Draw]] = [(item.name, partial(_figure, "tokens_of", result))]
+    figures: list[tuple[str, Plot]] = [(item.name, partial(plots.tokens_of, result))]
     return Part(panels=[Panel("Circuits", label, item.path.name, {head: lines})], figures=figures, heads={head})
 
 
 def _roles(item: Item) -> Part:
     """The main role as a word, and every role that a head plays, with its number and what is enough for it."""
-    part = _drawn(item)
+    part = _table(item, without=("role", "roles"))
+    part.figures.append((item.name, partial(plots.roles, item.result)))
     main: dict[str, float | str] = {}
     lines: dict[str, list[Line]] = {}
     for row in item.result.to_frame().to_dict("records"):
@@ -193,8 +171,7 @@ def _roles(item: Item) -> Part:
         main[str(row["head"])] = playing[0] if playing else "no known role"
         told = [Line(f"{role} (from {item.result.thresholds[role]:g} on)", value=_plain(row[role])) for role in playing]
         lines |= {str(row["head"]): told} if told else {}
-    numbers = [c for c in part.columns if not c.label.endswith((": role", ": roles"))]
-    part.columns = [Column(f"{item.name}: role", item.path.name, main), *numbers]
+    part.columns.insert(0, Column(f"{item.name}: role", item.path.name, main))
     part.panels.append(Panel("Role", item.name, item.path.name, lines))
     return part
 
@@ -209,16 +186,17 @@ def _similarity(item: Item) -> Part:
     np.fill_diagonal(distances, np.inf)
     lines = _partners(distances, names, names, nearest=True)
     part.panels.append(Panel("Partners", "Attends most like (Jensen-Shannon divergence, nats)", item.path.name, lines))
-    part.figures.append((item.name, partial(_figure, "similarity", result)))
-    _pairs(part, f"{item.name}: pairs", "similarity_matrix", result, len(names))
+    part.figures.append((item.name, partial(plots.similarity, result)))
+    _pairs(part, f"{item.name}: pairs", plots.similarity_matrix, result, len(names))
     return part
 
 
-def _pairs(part: Part, title: str, name: str, result: Any, n_heads: int) -> None:
+def _pairs(part: Part, title: str, plot: Callable[[Any], Any], result: Any, n_heads: int) -> None:
     """Add the matrix of all pairs, unless it has too many."""
     if n_heads <= _MATRIX:
-        part.figures.append((title, partial(_figure, name, result)))
+        part.figures.append((title, partial(plot, result)))
     else:
+        name = plot.__name__
         part.left_out.append(f"no figure of all pairs of {n_heads} heads (at most {_MATRIX}): headlab.plots.{name} draws it")
 
 
@@ -235,8 +213,8 @@ def _composition(item: Item) -> Part:
         part.panels.append(Panel("Partners", f"{what}: {told}", item.path.name, lines))
         best = {name: found[0].value for name, found in lines.items() if found[0].value is not None}
         part.columns.append(Column(f"{item.name}: strongest that it {told}", item.path.name, best))
-    part.figures.append((f"{item.name}: graph", partial(_figure, "composition_graph", result)))
-    _pairs(part, f"{item.name}: all pairs", "composition_matrix", result, max(len(sources), len(readers)))
+    part.figures.append((f"{item.name}: graph", partial(plots.composition_graph, result)))
+    _pairs(part, f"{item.name}: all pairs", plots.composition_matrix, result, max(len(sources), len(readers)))
     return part
 
 
@@ -255,7 +233,7 @@ def _maps(item: Item) -> Part:
     result = item.result
     to: dict[str, list[Line]] = defaultdict(list)
     of: dict[str, list[Line]] = defaultdict(list)
-    for link in result.top(10**6):
+    for link in result.links():
         source, target = f"L{link.layer}H{link.source}", f"L{link.layer}H{link.target}"
         for lines, name, other in ((to, source, target), (of, target, source)):
             if len(lines[name]) < PARTNERS:
@@ -263,8 +241,8 @@ def _maps(item: Item) -> Part:
     part = Part(heads={*to, *of})
     for label, lines in (("its scores reach the output of", to), ("its output gets the scores of", of)):
         part.panels.append(Panel("Partners", f"Composition maps: {label}", item.path.name, lines))
-    part.figures.append((item.name, partial(_figure, "maps", result)))
-    part.figures += [(f"{item.name}, layer {layer}", partial(_figure, "maps", result, layer)) for layer in result.layers]
+    part.figures.append((item.name, partial(plots.maps, result)))
+    part.figures += [(f"{item.name}, layer {layer}", partial(plots.maps, result, layer)) for layer in result.layers]
     return part
 
 
@@ -289,45 +267,46 @@ def _pattern(item: Item) -> Part:
 
 
 def _timing(item: Item) -> Part:
-    return Part(figures=[(item.name, partial(_figure, "timing", item.result))])
+    return Part(figures=[(item.name, partial(plots.timing, item.result))])
 
 
 def _evaluation(item: Item) -> Part:
     rows = item.result.rows
     factors = [*dict.fromkeys(factor for row in rows for factor in row["factors"]), "difficulty"]
     title = plots.shown(f"Accuracy: {item.name}")
-    figures: list[tuple[str, Draw]] = [
-        (item.name, partial(_figure, "tasks", item.result, factors, ["all", "first", "choice"], title)),
-        (f"{item.name}, by task", partial(_figure, "tasks", item.result, "task", ["all", "choice"], title)),
+    figures: list[tuple[str, Plot]] = [
+        (item.name, partial(plots.tasks, item.result, factors, ["all", "first", "choice"], title)),
+        (f"{item.name}, by task", partial(plots.tasks, item.result, "task", ["all", "choice"], title)),
     ]
     return Part(figures=figures)
 
 
 def _probes(item: Item) -> Part:
     studies = list(dict.fromkeys(row["study"] for row in item.result.rows))
-    figures: list[tuple[str, Draw]] = []
+    figures: list[tuple[str, Plot]] = []
     for study in studies:
         of = item.result.of(study)
         varied = of.to_frame().get(study)  # a study that varies one size is called like it
         along = varied is not None and varied.nunique() > 1
-        draw = partial(_figure, "probes", of, study) if along else partial(_figure, "probe_kinds", of)
-        figures.append((f"{item.name}: {study}", draw))
+        plot = partial(plots.probes, of, study) if along else partial(plots.probe_kinds, of)
+        figures.append((f"{item.name}: {study}", plot))
     return Part(figures=figures)
 
 
-def _drawn(item: Item) -> Part:
-    """The table, if it is one of heads, and the figure that has the name of the kind."""
-    part = _table(item)
-    part.figures.append((item.name, partial(_figure, item.kind, item.result)))
-    return part
+def _correlation(item: Item) -> Part:
+    return Part(figures=[(item.name, partial(plots.correlation, item.result))])
 
 
-def together(items: Iterable[Item]) -> list[tuple[str, str, Draw]]:
-    """Figures of several results of one model: title, sources, and how to draw it."""
+def _profile(item: Item) -> Part:
+    return Part(figures=[(item.name, partial(plots.profile, item.result))])
+
+
+def together(items: Iterable[Item]) -> list[tuple[str, str, Plot]]:
+    """Figures of several results of one model: title, sources, and what makes it."""
     of: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         of[item.kind].append(item)
-    found: list[tuple[str, str, Draw]] = []
+    found: list[tuple[str, str, Plot]] = []
     if curves := of["curve"]:
         alike: dict[tuple[str, bool], list[Item]] = defaultdict(list)
         for item in curves:
@@ -336,32 +315,57 @@ def together(items: Iterable[Item]) -> list[tuple[str, str, Draw]]:
             title = f"Pruning curves by stack ({metric})" if by_stack else f"Pruning curves ({metric})"
             results = {item.name.removeprefix("curve-"): item.result for item in group}
             sources = ", ".join(item.path.name for item in group)
-            found.append((title, sources, partial(_figure, "curves", results, plots.shown(title))))
+            found.append((title, sources, partial(plots.curves, results, plots.shown(title))))
     exact = [item for item in of["ablation"] if not item.record.get("keep_one")]
     for one in of["scores"]:
         for other in exact:
             same = one.result.labels == other.result.labels and one.record.get("site") == other.record.get("site")
             if same:
-                draw = partial(_figure, "against", one.result, other.result)
-                found.append((f"{one.name} against {other.name}", f"{one.path.name}, {other.path.name}", draw))
+                plot = partial(plots.against, one.result, other.result)
+                found.append((f"{one.name} against {other.name}", f"{one.path.name}, {other.path.name}", plot))
     return found
 
 
-KINDS: dict[str, Callable[[Item], Part]] = {
-    "scores": _scores,
-    "ablation": _ablation,
-    "mask": _mask,
-    "curve": _curve,
-    "timing": _timing,
-    "maps": _maps,
-    "pattern": _pattern,
-    "circuits": _circuits,
-    "directions": _directions,
-    "roles": _roles,
-    "similarity": _similarity,
-    "evaluation": _evaluation,
-    "probes": _probes,
-    "composition": _composition,
-    "correlation": _drawn,
-    "profile": _drawn,
+@dataclass(frozen=True)
+class Section:
+    """How results of one kind are shown, and what the page says where there is none.
+
+    Attributes:
+        part: what one result adds; None for what commands read and nobody looks at.
+        what: how the page calls it where it is missing (only kinds that it looks out for).
+        command: what makes it.
+        needs: kinds that this command reads from the folder.
+        one_stack: the command does not make it of an encoder-decoder.
+        composed: only models with composed heads have it.
+    """
+
+    part: Callable[[Item], Part] | None
+    what: str = ""
+    command: str = ""
+    needs: tuple[str, ...] = ()
+    one_stack: bool = False
+    composed: bool = False
+
+
+SECTIONS: dict[str, Section] = {  # in the order of the page
+    "ablation": Section(_ablation, "what the removal of each head costs", "headlab ablate MODEL --text FILE --out FOLDER"),
+    "scores": Section(_scores, "importance scores", "headlab score MODEL --text FILE --out FOLDER"),
+    "roles": Section(_roles, "roles", "headlab roles MODEL --out FOLDER"),
+    "curve": Section(_curve, "pruning curves", "headlab curve MODEL --text FILE --out FOLDER", needs=("scores",)),
+    "circuits": Section(_circuits, "circuits", "headlab circuits MODEL --out FOLDER"),
+    "composition": Section(_composition, "composition scores", "headlab circuits MODEL --out FOLDER", one_stack=True),
+    "similarity": Section(_similarity, "similar heads", "headlab roles MODEL --text FILE --out FOLDER"),
+    "pattern": Section(
+        _pattern, "attention patterns on prompts", "headlab roles MODEL --prompt TEXT --out FOLDER", one_stack=True
+    ),
+    "timing": Section(_timing, "sizes and speed", "headlab time MODEL --out FOLDER", needs=("scores", "mask")),
+    "maps": Section(_maps, "composition maps", "headlab maps MODEL --prompt TEXT --out FOLDER", composed=True),
+    "mask": Section(_mask, command="headlab prune MODEL --out FOLDER"),
+    "directions": Section(_directions),
+    "evaluation": Section(_evaluation),
+    "probes": Section(_probes),
+    "correlation": Section(_correlation),
+    "profile": Section(_profile),
+    "fill": Section(None),
 }
+TABLE = Section(_table)  # of any other kind

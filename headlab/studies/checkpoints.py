@@ -16,7 +16,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..attribution.ablation import AblationScores, ablation
-from ..attribution.gradients import Normalize, importance
+from ..attribution.gradients import importance
+from ..choices import Normalize, check
 from ..data.batches import Batches, describe_data, prepare
 from ..data.losses import Loss, Metric, loss_name
 from ..errors import HeadlabError
@@ -29,6 +30,7 @@ from ..scores import HeadScores
 if TYPE_CHECKING:
     import pandas as pd
 
+Scores = Literal["taylor", "ablation"]
 Checkpoint = str | Path | tuple[str, nn.Module]
 """A folder that `hl.load` opens, or a name and a model."""
 
@@ -125,7 +127,7 @@ def profile(
     models: str | Path | Iterable[Checkpoint],
     batches: Batches,
     *,
-    method: Literal["taylor", "ablation"] = "taylor",
+    method: Scores = "taylor",
     scoring: Batches | None = None,
     fractions: Sequence[float] = TENTHS,
     loss: Loss | None = None,
@@ -157,8 +159,7 @@ def profile(
     >>> profile("runs/translator", test, metric=bleu, log="profile.jsonl").removable(0.1)  # doctest: +SKIP
     array([0. , 0. , 0.1, 0.2, 0.4, 0.4])
     """
-    if method not in ("taylor", "ablation"):
-        raise HeadlabError(f"method is 'taylor' or 'ablation', not {method!r}")
+    check("method", method, Scores)
     if method == "ablation" and normalize is not None:
         raise HeadlabError("normalize is an option of method 'taylor'")
     if isinstance(models, (str, Path)):
@@ -261,16 +262,15 @@ def _check_heads(name: str, scores: HeadScores, rows: Sequence[dict[str, Any]]) 
 
 
 def _saved(name: str, scores: HeadScores, curve: Curve) -> dict[str, Any]:
-    parts = {what: {"record": result.record} | result._body() for what, result in (("scores", scores), ("curve", curve))}
-    return {"name": name, "fingerprint": scores.record["model"]["fingerprint"], "kind": scores.kind} | parts
+    about = {"name": name, "fingerprint": scores.record["model"]["fingerprint"], "kind": scores.kind}
+    return about | {"scores": scores.to_plain(), "curve": curve.to_plain()}
 
 
 def _read(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[HeadScores], list[Curve]]:
     names, scores, curves = [], [], []
     for row in rows:
         kind = AblationScores if row["kind"] == "ablation" else HeadScores
-        one, other = dict(row["scores"]), dict(row["curve"])
         names.append(row["name"])
-        scores.append(kind._from_body(one, one.pop("record")))
-        curves.append(Curve._from_body(other, other.pop("record")))
+        scores.append(kind.from_plain(row["scores"]))
+        curves.append(Curve.from_plain(row["curve"]))
     return names, scores, curves

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..errors import HeadlabError
 from ..results import Result
-from ..scores import Head, Heads, HeadScores, Rows
+from ..scores import HeadScores
+from ..tables import Head, Heads, Rows, read_heads, write_heads
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,9 +64,7 @@ class Correlation(Result):
         import pandas as pd
 
         flat = [head for row in self.heads for head in row]
-        table = pd.DataFrame(
-            {"head": [str(h) for h in flat], "stack": [h.stack for h in flat], "layer": [h.layer for h in flat]}
-        )
+        table = pd.DataFrame([head.columns for head in flat])
         for name, rows in (("first", self.first), ("second", self.second)):
             table[name] = np.concatenate(rows) if rows else np.zeros(0)
             table[f"{name}_rank"] = table[name].rank(ascending=False)
@@ -80,12 +79,11 @@ class Correlation(Result):
 
     def _body(self) -> dict[str, Any]:
         rows = {name: [row.tolist() for row in getattr(self, name)] for name in ("first", "second")}
-        heads = [[vars(head) for head in row] for row in self.heads]
-        return {"heads": heads, "names": list(self.names), "lines": self.lines} | rows
+        return {"heads": list(map(write_heads, self.heads)), "names": list(self.names), "lines": self.lines} | rows
 
     @classmethod
     def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> Self:
-        heads = tuple(tuple(Head(**head) for head in row) for row in body["heads"])
+        heads = tuple(map(read_heads, body["heads"]))
         first, second = (tuple(np.array(row, dtype=float) for row in body[name]) for name in ("first", "second"))
         return cls(heads, first, second, tuple(body["names"]), body["lines"], record)
 

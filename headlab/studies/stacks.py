@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..choices import Unit
 from ..data.batches import Batches
 from ..data.losses import Loss, Metric
 from ..errors import HeadlabError
 from ..hooks.fills import Fill
 from ..models.access import head_rows
 from ..pruning.curves import TENTHS, Curve, pruning_curve
-from ..scores import HeadScores, Unit
+from ..scores import HeadScores
 
 
 def only(scores: HeadScores, stack: str) -> HeadScores:

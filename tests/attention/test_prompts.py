@@ -90,7 +90,7 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
         if found.composed:
             assert again.raw[head].equal(found.raw[head])
     (tmp_path / "other").write_text("{}")
-    with pytest.raises(hl.HeadlabError, match="holds no attention patterns"):
+    with pytest.raises(hl.HeadlabError, match="is not a result that this version"):
         Pattern.load(tmp_path / "other")
 
 

@@ -507,10 +507,10 @@ def test_files_that_are_no_maps(tmp_path: Path) -> None:
     with pytest.raises(HeadlabError, match=r"there is no file .*nothing"):
         CompositionMaps.load(tmp_path / "nothing")
     (tmp_path / "text").write_text("no")
-    with pytest.raises(HeadlabError, match="it is not a safetensors file"):
+    with pytest.raises(HeadlabError, match="is not a headlab result"):
         CompositionMaps.load(tmp_path / "text")
     fill = hl.fill(zoo.build("gpt2"), [zoo.batch_for("gpt2")]).save(tmp_path / "fill")
-    with pytest.raises(HeadlabError, match="no composition maps that this version"):
+    with pytest.raises(HeadlabError, match="holds a fill, but a maps was expected"):
         CompositionMaps.load(fill)
 
 

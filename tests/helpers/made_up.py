@@ -14,8 +14,9 @@ from headlab.attribution.ablation import AblationScores
 from headlab.circuits.composition import CompositionScores
 from headlab.pruning.curves import Curve
 from headlab.pruning.timing import Timing
-from headlab.scores import Head, HeadScores
+from headlab.scores import HeadScores
 from headlab.studies.correlation import correlate
+from headlab.tables import Head
 
 EVIL = "</script><script>window.harm = 1</script><img src=x onerror='window.harm = 2'>&amp;\u2028"
 EVIL_FILE = "<a href=x>%{x}<b>$y$&amp;"  # the same, as it can stand in the name of a file

@@ -11,7 +11,7 @@ import torch
 import headlab as hl
 from headlab.attention.prompts import Pattern, attention_patterns
 from headlab.plots.prompts import pattern
-from headlab.scores import Head
+from headlab.tables import Head
 from tests.helpers import zoo
 
 TOKENS = (" cat", "<b>x</b>", "\n", " ", "$a$", " cat", "a" * 40)

@@ -5,6 +5,7 @@ import json
 import re
 import zlib
 from html.parser import HTMLParser
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from headlab.pruning.curves import Curve
 from headlab.report_page import build, sections
 from headlab.report_page.build import _safe_json, quantised, report
 from headlab.report_page.gather import gather
-from headlab.report_page.sections import KINDS
-from headlab.results import _HOMES
+from headlab.report_page.sections import SECTIONS
+from headlab.results import KINDS
 from headlab.scores import HeadScores
 from tests.helpers import made_up
 from tests.helpers.made_up import BOTH_SIDES, EVIL, RAGGED, model, square
@@ -398,8 +399,8 @@ def test_a_long_prompt_is_shown_by_the_largest_of_its_weights(tmp_path: Path, mo
 
 
 def test_every_kind_of_the_page_is_one_that_is_saved() -> None:
-    elsewhere = {"maps", "pattern", "evaluation", "probes"}  # tensors, and kinds of synthetic_tasks
-    assert set(KINDS) | {"patterns"} == set(_HOMES) | elsewhere  # patterns are a table of heads and nothing else
+    saved = {home.name for home in entry_points(group=KINDS)}
+    assert set(SECTIONS) | {"patterns"} == saved  # patterns are a table of heads and nothing else
 
 
 @pytest.fixture(scope="module")
