@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import HeadlabError
 from ..models.access import bare_model, tokenizer
-from ..models.variants import PRUNED
+from ..models.variants import base_name
 
 Batch = dict[str, Tensor]
 Batches = Iterable[Batch] | Iterable[str]
@@ -75,7 +75,7 @@ def context_length(root: PreTrainedModel) -> int | None:
     """The longest input that a model takes; None where nothing limits it (relative positions)."""
     config = root.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    if context is not None and config.model_type.removeprefix(PRUNED) in ("roberta", "xlm-roberta"):
+    if context is not None and base_name(config.model_type)[0] in ("roberta", "xlm-roberta"):
         context -= config.pad_token_id + 1  # these count positions from there
     return context
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import headlab as hl
 from headlab.data.batches import count_examples, data_fingerprint, describe_data, prepare, real_tokens
 from headlab.data.losses import check_losses, loss_name, own_loss
+from headlab.dcmha import attach
 from tests.helpers import zoo
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "d", "e"]
@@ -94,6 +95,15 @@ def test_the_context_is_what_the_model_takes(name: str) -> None:
     if not name.startswith("t5"):
         with pytest.raises(hl.HeadlabError, match=f"{longest + 1} tokens long, but the model's context is {longest}"):
             prepare(model, [{"input_ids": torch.full((1, longest + 1), 5)}])
+
+
+def test_the_context_of_what_is_made_of_roberta() -> None:
+    """It counts positions from after its padding, whatever was made of it."""
+    plain, composed = zoo.build("roberta"), attach(zoo.build("roberta"))
+    pruned = [hl.prune(model, hl.HeadMask.without(hl.heads(model), ["L0H1", "L2H3"])) for model in (plain, composed)]
+    for model in (composed, *pruned):
+        with pytest.raises(hl.HeadlabError, match="61 tokens long, but the model's context is 60"):
+            prepare(model, [{"input_ids": torch.full((1, 61), 5)}])
 
 
 def test_strings_are_padded_on_the_right(with_tokenizer: hf.PreTrainedModel) -> None:
