@@ -23,7 +23,7 @@ from ..data.batches import Batch, Batches, count_examples, describe_data, prepar
 from ..data.losses import Loss, check_losses, loss_name, own_loss
 from ..errors import HeadlabError
 from ..hooks.fills import Fill, StandIn, check_fill
-from ..hooks.masking import masked
+from ..hooks.masking import by_slot, gated, masked
 from ..hooks.sites import Pass, at_sites, first_broken, replaying
 from ..models.access import bare_model, describe, evaluating, head_rows, rows
 from ..models.attention_modules import Attention, submodule
@@ -31,6 +31,7 @@ from ..results import StepLog
 from ..scores import HeadScores
 
 Order = Literal["value", "size"]
+AT_ONCE, AT_ONCE_ON_GPU = 2_048, 16_384  # tokens of all copies: more would not be faster, and needs memory
 ALPHA = 0.01  # the significance level of Michel et al. 2019, tables 1 to 3
 
 
@@ -160,7 +161,7 @@ def _copies(batch: Batch) -> int:
     main = batch.get("input_ids", batch.get("inputs_embeds"))
     assert main is not None
     tokens = main.shape[0] * main.shape[1]
-    return max(1, (16_384 if main.is_cuda else 2_048) // tokens)
+    return max(1, (AT_ONCE_ON_GPU if main.is_cuda else AT_ONCE) // tokens)
 
 
 class _Clean:
@@ -186,7 +187,7 @@ class _Clean:
                 self.outputs[module] = []
                 hooks.callback(module.register_forward_hook(lambda m, _, out: self.outputs[m].append(out)).remove)
             hooks.enter_context(at_sites(model, remember, self.found))
-            self.losses = self._checked(batch)  # [batch]
+            self.losses = self._checked(batch, clean=True)  # [batch]
         # a loss that runs the model several times, or a block that stands outside a list, cannot be replayed
         self.shared = "" not in self.order and all(len(outputs) == 1 for outputs in self.outputs.values())
 
@@ -204,14 +205,10 @@ class _Clean:
                 losses = self._checked(batch)
         return losses.view(copies, -1)
 
-    def _checked(self, batch: Batch) -> Tensor:
+    def _checked(self, batch: Batch, clean: bool = False) -> Tensor:
         losses = check_losses(self.loss(self.model, batch), batch).double()
         if not bool(losses.isfinite().all()):
-            where = (
-                "with heads removed"
-                if hasattr(self, "losses")
-                else first_broken(self.model, lambda: self.loss(self.model, batch))
-            )
+            where = first_broken(self.model, lambda: self.loss(self.model, batch)) if clean else "with heads removed"
             raise HeadlabError(f"the loss of batch {self.number} is NaN or infinite; {where}")
         return losses
 
@@ -223,7 +220,7 @@ class _Clean:
             for i, path in enumerate(self.order[:here]):
                 module = self.modules[path]
                 output = self.outputs[module][0]
-                last = i == here - 1 or _stack(self.order[i + 1]) != _stack(path)
+                last = i == here - 1 or _list_of(self.order[i + 1]) != _list_of(path)
                 replay = _constant(_copied(output, copies)) if last else _passing(output)
                 patches.enter_context(_patched(module, replay))
             for other in self.found:  # self-attention before cross-attention in the same block ran on clean input
@@ -245,13 +242,8 @@ class _Clean:
 
     def _gated(self, row: Attention, copies: int, gates: Tensor, fill: Fill | None) -> Tensor:
         z, run = self.z[row.row], self.passes[row.row]
-        by_slot = torch.ones(len(gates), len(row.slots), dtype=z.dtype, device=z.device)
-        by_slot[:, row.head_slots] = gates.to(z)
-        by_slot = by_slot.view(copies, -1, 1, len(row.slots), 1)  # [copy, batch, pos, slot, d_head]
-        gated = z * by_slot
-        if fill is not None:
-            gated = gated + (1 - by_slot) * StandIn(fill)(row, z, run)
-        return gated.flatten(0, 1)
+        by_copy = by_slot(row, gates, z).unflatten(0, (copies, -1))  # [copy, batch, 1, slot, 1]
+        return gated(z, by_copy, None if fill is None else StandIn(fill)(row, z, run)).flatten(0, 1)
 
 
 def _block(path: str) -> str:
@@ -261,7 +253,8 @@ def _block(path: str) -> str:
     return "" if at is None else ".".join(names[: at + 1])
 
 
-def _stack(block: str) -> str:
+def _list_of(block: str) -> str:
+    """The path of the list that a block is a member of: that of the encoder's or of the decoder's."""
     return block.rpartition(".")[0]
 
 

@@ -57,20 +57,24 @@ def masked(model: nn.Module, mask: Gates, fill: Fill | None = None, site: str = 
         if by_head.ndim == 2 and len(by_head) != len(z):
             raise HeadlabError(f"there are gates for {len(by_head)} examples, but the batch has {len(z)}")
         if row.row not in by_slot_of or by_head.requires_grad or by_slot_of[row.row].dtype != z.dtype:
-            by_slot_of[row.row] = _by_slot(row, by_head, z)
-        by_slot = by_slot_of[row.row]
-        return z * by_slot if stand_in is None else z * by_slot + (1 - by_slot) * stand_in(row, z, run)
+            by_slot_of[row.row] = by_slot(row, by_head, z)
+        return gated(z, by_slot_of[row.row], None if stand_in is None else stand_in(row, z, run))
 
     with at_sites(model, gate, wanted):
         yield
 
 
+def gated(z: Tensor, gates: Tensor, stand_in: Tensor | None) -> Tensor:
+    """What a gate does: z * xi + stand_in * (1 - xi), where nothing stands in: z * xi. Gates are those of `by_slot`."""
+    return z * gates if stand_in is None else z * gates + (1 - gates) * stand_in
+
+
 @torch.inference_mode(mode=False)  # a later pass may be for gradients
-def _by_slot(row: Attention, gates: Tensor, z: Tensor) -> Tensor:
+def by_slot(row: Attention, gates: Tensor, z: Tensor) -> Tensor:
     """Gates of heads, [head] or [batch, head], as gates of slots that multiply z, [batch or 1, 1, slot, 1]."""
-    by_slot = torch.ones(*gates.shape[:-1], len(row.slots), dtype=z.dtype)
-    by_slot[..., row.head_slots] = gates.to("cpu", z.dtype)
-    return by_slot.view(-1, 1, len(row.slots), 1).to(z.device)
+    found = torch.ones(*gates.shape[:-1], len(row.slots), dtype=z.dtype)
+    found[..., row.head_slots] = gates.to("cpu", z.dtype)
+    return found.view(-1, 1, len(row.slots), 1).to(z.device)
 
 
 def _gates(model: nn.Module, mask: Gates, site: str) -> list[Tensor]:

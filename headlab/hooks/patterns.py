@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from ..errors import HeadlabError
-from ..models.access import bare_model, rows
+from ..models.access import bare_model, rows, without_dropout
 from ..models.attention_modules import Attention
 from .sites import Pass, at_sites
 
@@ -74,7 +74,7 @@ def at_patterns(
     looked = [row for row in (rows(model) if wanted is None else wanted) if row.slots]
     passes = _Passes()
     with ExitStack() as hooks:
-        hooks.enter_context(_without_dropout(root))
+        hooks.enter_context(without_dropout(model))
         if any(row.compose is None for row in looked):
             hooks.enter_context(_eager(root))
         softmax = hooks.enter_context(_Softmax()) if scores else None
@@ -180,19 +180,6 @@ class _Softmax(TorchFunctionMode):
         if scores is None or scores.shape != pattern.shape:
             raise HeadlabError(f"{row.path} ({type(row.core).__name__}) took no softmax of scores that could be seen")
         return scores.masked_fill(scores <= torch.finfo(scores.dtype).min / 2, -torch.inf)
-
-
-@contextmanager
-def _without_dropout(root: nn.Module) -> Iterator[None]:
-    """Like `models.evaluating`, but gradients of parameters go on."""
-    training = [module for module in root.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

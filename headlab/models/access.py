@@ -163,20 +163,29 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off and parameters frozen inside the block; both as before afterwards."""
-    root = bare_model(model)
-    training = [module for module in root.modules() if module.training]
-    # those made in inference mode can have no gradient, and do not let one change that
-    frozen = [parameter for parameter in root.parameters() if parameter.requires_grad and not parameter.is_inference()]
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside the block; every module as before afterwards."""
+    training = [module for module in bare_model(model).modules() if module.training]
     for module in training:
         module.training = False
-    for parameter in frozen:
-        parameter.requires_grad_(False)
     try:
         yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and parameters frozen inside the block; both as before afterwards."""
+    # parameters made in inference mode can have no gradient, and do not let one change that
+    every = bare_model(model).parameters()
+    frozen = [parameter for parameter in every if parameter.requires_grad and not parameter.is_inference()]
+    with without_dropout(model):
         for parameter in frozen:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
