@@ -95,7 +95,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     if model.config.model_type.startswith(PRUNED):
         raise HeadlabError("this model is pruned, with maps between the heads that are left: they cannot be taken off")
     rows = attentions(model)
-    off = {row.row: far for row in rows if (far := distance(row.compose))}
+    off = {row.row: far for row in rows if (far := row.compose.beyond_identity())}
     if off:
         layers = (f"layer {row} ({', '.join(f'{place} {far[place]:.2g}' for place in far)})" for row, far in off.items())
         raise HeadlabError(
@@ -109,26 +109,6 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     COMPOSING.leave(model)
     model.set_attn_implementation(before)
     return model
-
-
-@torch.no_grad()
-def distance(compose: Compose) -> dict[str, float]:
-    """How far maps are from the identity: for each place that is, the largest of the weights that would have to be zero."""
-    found = {}
-    for place in compose.places:
-        branch = place.split("_", 1)[1]
-        if branch == "base":
-            weight = compose.base.weight[compose._of("base").index(place)]  # [group, source, target]
-            if not compose.residual:
-                weight = weight - torch.eye(compose.per_group, dtype=weight.dtype, device=weight.device)
-        elif branch in ("query", "key"):
-            weight = compose.qkw.weight[compose._of("query", "key").index(place), ..., compose.rank :, :]
-        else:
-            gates = compose.dd.weight.unflatten(0, (-1, compose.n_heads))
-            weight = gates[compose._of("query_gate", "key_gate").index(place)]
-        if far := float(weight.abs().max()):
-            found[place] = far
-    return found
 
 
 # --- building
@@ -212,14 +192,6 @@ def _maps(row: Attention, options: dict[str, Any]) -> Compose:
         compose = Compose(width_in(projection), len(row.slots), **arguments)
         compose.ratio, compose.joined = len(row.slots) // len(row.groups), row.family.joined is not None
         compose.initialise(identity=True)
-        if not compose.residual:
-            if len(based := compose._of("base")) < len(STAGES):
-                raise HeadlabError(
-                    "without the residual identity, maps start as the identity only where both stages have a base, but "
-                    f"they have {', '.join(based) or 'none'}"
-                )
-            with torch.no_grad():
-                compose.base.weight.copy_(torch.eye(compose.per_group).expand_as(compose.base.weight))
     return compose.to(projection.weight.dtype)
 
 

@@ -164,14 +164,27 @@ class Compose(nn.Module):
     def initialise(self, identity: bool = False) -> None:
         """Draw fresh weights as the public training code does: maps start next to the identity.
 
-        With `identity`, base, gates and w2 are exactly zero, w1 as published: maps are the identity and still learn.
+        With `identity`, gates and w2 are exactly zero, w1 as published: maps are the identity and still learn. A base is
+        zero, or, where the identity is no part of the map, the identity itself.
+
+        Raises:
+            HeadlabError: they cannot start as the identity, for it is no part of the map and a stage has no base.
         """
         for name, module in self.named_children():
             if isinstance(module, (Weight, Projection)):
                 nn.init.normal_(module.weight, std=0.0 if identity and name in ("dd", "base") else module.std)
-        if identity and self._of("query", "key"):
-            with torch.no_grad():
+        if not identity:
+            return
+        with torch.no_grad():
+            if self._of("query", "key"):
                 self.qkw.weight[..., self.rank :, :] = 0
+            if not self.residual:
+                if len(based := self._of("base")) < len(STAGES):
+                    raise HeadlabError(
+                        "without the residual identity, maps start as the identity only where both stages have a base, but "
+                        f"they have {', '.join(based) or 'none'}"
+                    )
+                self.base.weight.copy_(torch.eye(self.per_group).expand_as(self.base.weight))
 
     @property
     def trivial(self) -> bool:
@@ -429,18 +442,33 @@ class Compose(nn.Module):
         """Whether anything listens to scores or patterns, which only the eager backend has as a whole."""
         return any(self.taps[name]._forward_hooks or self.taps[name]._forward_pre_hooks for name in SCORE_TAPS)
 
+    def _adding(self, place: str) -> Tensor:
+        """The weights without which a branch adds nothing, as a view: [group, head of the group that it adds to, ...]."""
+        branch = place.split("_", 1)[1]
+        if branch == "base":
+            return self.base.weight[self._of("base").index(place)].movedim(-1, 1)
+        if branch in ("query", "key"):
+            return self.qkw.weight[self._of("query", "key").index(place), ..., self.rank :, :].movedim(-1, 1)  # makes w2
+        gates = self._of("query_gate", "key_gate")
+        return self.dd.weight.view(len(gates), self.groups, self.per_group, -1)[gates.index(place)]
+
     @torch.no_grad()
     def silence(self, place: str, heads: Iterable[int]) -> None:
         """Let a branch add nothing to these composed heads any more, by zeros in its weights."""
-        branch = place.split("_", 1)[1]
         for head in heads:
-            group, column = divmod(head, self.per_group)
-            if branch == "base":
-                self.base.weight[self._of("base").index(place), group, :, column] = 0
-            elif branch in ("query", "key"):
-                self.qkw.weight[self._of("query", "key").index(place), group, :, self.rank :, column] = 0
-            else:
-                self.dd.weight[self._of("query_gate", "key_gate").index(place) * self.n_heads + head] = 0
+            self._adding(place)[divmod(head, self.per_group)] = 0
+
+    @torch.no_grad()
+    def beyond_identity(self) -> dict[str, float]:
+        """How far maps are from the identity: for each place that is, the largest weight that would have to be zero."""
+        found = {}
+        for place in self.places:
+            weight = self._adding(place)
+            if place.endswith("_base") and not self.residual:
+                weight = weight - torch.eye(self.per_group, dtype=weight.dtype, device=weight.device)
+            if far := float(weight.abs().max()):
+                found[place] = far
+        return found
 
     def narrow(self, kept: Mapping[str, Sequence[int]], places: Sequence[str]) -> None:
         """Keep only these heads and branches, in place. The factors' weights stay whole: the norm over heads needs them."""
