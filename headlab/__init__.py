@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .models.access import heads
     from .models.families import Family, register
     from .pruning.curves import Curve, pruning_curve
-    from .pruning.surgery import kept, prune, save_pruned
+    from .pruning.surgery import deviation, kept, prune, save_pruned
     from .pruning.timing import Timing, timing
     from .report_page.build import report
     from .results import Result
@@ -62,7 +62,7 @@ _HOME = {  # no module may have the name of something public: importing it would
     "models.access": ("heads",),
     "models.families": ("Family", "register"),
     "pruning.curves": ("Curve", "pruning_curve"),
-    "pruning.surgery": ("kept", "prune", "save_pruned"),
+    "pruning.surgery": ("deviation", "kept", "prune", "save_pruned"),
     "pruning.timing": ("Timing", "timing"),
     "report_page.build": ("report",),
     "results": ("Result",),
@@ -77,7 +77,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AblationScores", "CompositionMaps", "Curve", "Family", "Fill", "Head", "HeadMask", "HeadScores", "HeadlabError",
     "Result", "Timing", "ablation", "attention_patterns", "bridge", "capture", "circuit_table", "composed_circuit",
-    "composition_maps", "composition_scores", "correlate", "directions", "fill", "heads", "importance", "kept",
+    "composition_maps", "composition_scores", "correlate", "deviation", "directions", "fill", "heads", "importance", "kept",
     "load", "map_composition", "masked", "ov", "own_loss", "patterns", "plots", "profile", "prune",
     "pruning_curve", "qk", "read_batches", "register", "report", "roles", "save_pruned", "score_parts", "similarity",
     "stack_curves", "text_batches", "timing", "top_pairs",

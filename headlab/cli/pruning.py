@@ -189,12 +189,9 @@ def prune(
     device: Device = "cpu",
 ) -> None:
     """Save a model without its least important heads. It opens with headlab.load, or transformers' from_pretrained."""
-    import torch
-
     from ..hooks.fills import Fill
-    from ..hooks.masking import masked
-    from ..models.access import bare_model, probe_batch, tokenizer
-    from ..pruning.surgery import kept, save_pruned
+    from ..models.access import tokenizer
+    from ..pruning.surgery import deviation, kept, save_pruned
     from ..pruning.surgery import prune as pruned
 
     loaded = results_folder.open_model(model, dtype, device)
@@ -202,11 +199,7 @@ def prune(
     mask = scores.keep(keep, unit=unit, at_least=at_least)
     means = None if fill == "zero" else Fill.load(out / "fill-mean.safetensors")
     small = pruned(loaded, mask, means, gqa, site)
-    batch = probe_batch(loaded)
-    with torch.inference_mode():
-        with masked(loaded, mask, means, site):
-            expected = bare_model(loaded)(**batch)[0]
-        difference = (bare_model(small)(**batch)[0] - expected).abs().max().item()
+    difference = deviation(small, loaded, mask, means, site)
     target = to or out / results_folder.named("pruned", site)
     save_pruned(small, target, tokenizer(loaded))
     mask.save(out / f"{target.name}-mask.json")

@@ -9,17 +9,20 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..choices import Policy, check
+from ..data.batches import Batches, prepare, real_tokens
+from ..data.losses import forward
 from ..errors import HeadlabError
 from ..hooks.fills import Fill, check_fill
+from ..hooks.masking import masked
 from ..hooks.sites import is_hooked
-from ..models.access import bare_copy, fingerprint, head_rows, rows
+from ..models.access import bare_copy, bare_model, evaluating, fingerprint, head_rows, probe_batch, rows
 from ..models.attention_modules import Attention, Groups, grouped, weight_blocks
 from ..results import building
 from ..scores import HeadMask
@@ -87,6 +90,51 @@ def prune(
             bias = row.projection(row.family.o).bias
             bias.data = (bias.double() + extra).to(bias.dtype)
     return small
+
+
+@torch.inference_mode()
+def deviation(
+    small: nn.Module,
+    model: nn.Module,
+    mask: HeadMask,
+    fill: Fill | None = None,
+    site: str = "output",
+    batches: Batches | None = None,
+) -> float:
+    """How far a pruned model is from what surgery promises: the largest difference of an output (a logit, or a number of the
+    last hidden state) at a real token, between it and the whole model under the mask.
+
+    Args:
+        small: what `prune(model, mask, fill, site=site)` gave, or what was saved of it and opened again.
+        model, mask, fill, site: what it was made of.
+        batches: what both are run on; by default a few tokens.
+
+    Raises:
+        HeadlabError: bad batches, a mask or fill of another model, or models whose outputs have different shapes.
+
+    >>> hl.deviation(hl.load("my-small-model"), model, mask)  # doctest: +SKIP
+    4.8e-07
+    """
+    largest = 0.0
+    with evaluating(model), evaluating(small):
+        for batch in prepare(model, [probe_batch(model)] if batches is None else batches):
+            with masked(model, mask, fill, site):
+                expected = _answer(forward(model, batch))
+            found = _answer(forward(small, {name: value.to(bare_model(small).device) for name, value in batch.items()}))
+            if found.shape != expected.shape:
+                shapes = f"{tuple(found.shape)} and not {tuple(expected.shape)}"
+                raise HeadlabError(f"the smaller model's output is {shapes}, so it was not pruned from this one")
+            difference = (found.to(expected.device) - expected).abs()
+            real = real_tokens(batch, "dec" if bare_model(model).config.is_encoder_decoder else "")
+            if difference.ndim == 3 and difference.shape[:2] == real.shape:  # [batch, pos, ...]: not of a classifier
+                difference = difference[real]
+            largest = max(largest, float(difference.max()))
+    return largest
+
+
+def _answer(output: Any) -> Tensor:
+    """What a model says: logits, or what comes first where there are none; a loss is not meant."""
+    return (output.logits if "logits" in output else output[0]).double()
 
 
 def _left(row: Attention, gone: set[int], gqa: Policy) -> Left:

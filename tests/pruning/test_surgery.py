@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import headlab as hl
-from headlab.models.access import head_rows
+from headlab.models.access import head_rows, rows
 from tests.helpers import zoo
 from tests.helpers.surgical import (
+    ATOL,
     ATTENTION,
     GENERATES,
     MORE,
@@ -37,9 +38,7 @@ PAIRS = [(name, attention) for name in ATTENTION for attention in ATTENTION[name
 def check(model: nn.Module, name: str, mask: hl.HeadMask, fill: hl.Fill | None = None, gqa: Any = "pad") -> nn.Module:
     """Masked and pruned agree, forward and step by step in a generation."""
     batch, small = zoo.batch_for(name, labels=False), hl.prune(model, mask, fill, gqa=gqa)
-    with hl.masked(model, mask, fill):
-        expected = outputs(model, batch)
-    near(outputs(small, batch), expected)
+    assert hl.deviation(small, model, mask, fill, batches=[batch]) <= ATOL
     if name in GENERATES:
         with hl.masked(model, mask, fill):
             tokens, logits = generated(model, prompt(name))
@@ -55,6 +54,36 @@ def test_masked_equals_pruned(name: str, attention: str, gqa: str, with_fill: bo
     mask = random_mask(model, seed=len(name) + with_fill)
     assert 0 < len(mask.kept) < len(mask)
     check(model, name, mask, fill, gqa)
+
+
+@pytest.mark.parametrize("name", [*zoo.MHA_GQA_MQA, "t5", "bert-classifier", "dcformer-gqa"])
+def test_deviation_is_the_largest_difference_at_real_tokens(name: str) -> None:
+    model, batch = build(name), zoo.batch_for(name)
+    mask = random_mask(model, seed=3)
+    small = hl.prune(model, mask)
+    assert hl.deviation(small, model, mask) <= ATOL
+    row = next(row for row in rows(small) if row.slots)
+    row.projection(row.family.o).weight.data *= 1.25
+    with torch.no_grad():
+        found = small(**batch).logits
+        with hl.masked(model, mask):
+            expected = model(**batch).logits
+    largest = 0.0
+    for example in range(zoo.BATCH):
+        real = batch["labels"][example] != -100 if name == "t5" else batch["attention_mask"][example].bool()
+        difference = (found[example].double() - expected[example].double()).abs()
+        largest = max(largest, float((difference if name == "bert-classifier" else difference[real]).max()))
+    assert largest > 1e-3
+    assert hl.deviation(small, model, mask, batches=[batch]) == pytest.approx(largest, rel=1e-5)
+
+
+def test_deviation_of_models_that_do_not_belong_together() -> None:
+    model = build("llama-gqa")
+    mask = random_mask(model, seed=3)
+    with pytest.raises(hl.HeadlabError, match="was not pruned from this one"):
+        hl.deviation(build("bert"), model, mask)
+    with pytest.raises(hl.HeadlabError, match="but the model has"):
+        hl.deviation(model, build("gpt2"), mask)
 
 
 @pytest.mark.slow
