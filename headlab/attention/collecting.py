@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,23 +12,29 @@ from tqdm.auto import tqdm
 
 from ..data.batches import Batch, real_tokens
 from ..data.losses import forward
+from ..data.tokens import Tokens
 from ..hooks.patterns import Look, at_patterns
-from ..models.access import bare_model, evaluating, rows, tokenizer
-from ..models.attention_modules import Attention, bare
+from ..models.access import evaluating
+from ..models.attention_modules import Attention
 from ..tables import Head, Heads, Rows
-from .induction import Copying, special_tokens
+from .induction import Copying
 from .statistics import LayerSums, Text, aligned, marked, right_padded, visible
 
 DELIMITERS = frozenset(".,;:!?\n")
 
 
 def measured(
-    model: nn.Module, data: list[Batch], what: str, copying: Copying | None = None
+    model: nn.Module,
+    found: Sequence[Attention],
+    tokens: Tokens,
+    data: list[Batch],
+    what: str,
+    copying: Copying | None = None,
 ) -> tuple[Heads, dict[str, Rows], dict[str, Rows]]:
-    """Run the model over the data: heads, their numbers and standard errors."""
-    watch = _Watch(model, data)
+    """Run the model over the data: the heads of its attention modules `found`, their numbers and standard errors."""
+    watch = _Watch(found, tokens, data)
     beside: AbstractContextManager[None] = nullcontext() if copying is None else copying.watching(model)
-    with evaluating(model), torch.inference_mode(), at_patterns(model, watch.see), beside:
+    with evaluating(model), torch.inference_mode(), at_patterns(model, watch.see, found), beside:
         for batch in tqdm(data, desc=what, unit="batch", disable=None):
             watch.begin(batch)
             forward(model, batch)
@@ -42,9 +47,9 @@ def measured(
         own, own_errors = watch.sums[row.row].columns()
         if copying is not None:
             own["copying"], own_errors["copying"] = copying.of(row)
-        for found, kept in ((own, columns), (own_errors, errors)):
+        for numbers, kept in ((own, columns), (own_errors, errors)):
             here = {}
-            for name, values in found.items():
+            for name, values in numbers.items():
                 measured = row.heads if name.startswith(("composed_", "copying")) else raw_heads
                 by_head = dict(zip(measured, values, strict=True))
                 here[name] = np.array([by_head.get(head, np.nan) for head in heads[-1]], dtype=float)
@@ -72,11 +77,13 @@ def _raw_heads(row: Attention) -> tuple[Head, ...]:
 class _Watch:
     """Adds up, while a model runs over batches, what is measured of its patterns."""
 
-    def __init__(self, model: nn.Module, data: list[Batch]) -> None:
-        self.rows = rows(model)
-        self.sums = {row.row: LayerSums(len(_raw_heads(row)), len(row.heads), row.compose is not None) for row in self.rows}
-        self.rarity = _rarity(model, data)
-        self.delimiters, self.ends = _delimiters(model, data)
+    def __init__(self, found: Sequence[Attention], tokens: Tokens, data: list[Batch]) -> None:
+        self.rows = found
+        self.sums = {row.row: LayerSums(len(_raw_heads(row)), len(row.heads), row.compose is not None) for row in found}
+        ids = _ids(data)
+        self.rarity = _rarity(ids, tokens)
+        self.delimiters = torch.tensor(sorted(_delimiters(ids, tokens)), dtype=torch.long, device=tokens.device)
+        self.ends = torch.tensor(sorted(tokens.ends), dtype=torch.long, device=tokens.device)
         self.batch: Batch = {}
         self.marks: list[tuple[str, Tensor, Tensor]] = []
 
@@ -132,29 +139,18 @@ def _ids(data: Iterable[Batch]) -> Tensor:
     return torch.cat([ids.flatten().long() for ids in found])
 
 
-def _rarity(model: nn.Module, data: Iterable[Batch]) -> Tensor:
+def _rarity(ids: Tensor, tokens: Tokens) -> Tensor:
     """By token number, lower for rarer ones: how often it stands in the data, and then how late in the vocabulary."""
-    root = bare_model(model)
-    ids = _ids(data)
-    embeddings: Any = bare(root.get_input_embeddings())
-    n_tokens = embeddings.weight.shape[0]
-    counts = torch.bincount(ids, minlength=n_tokens)
-    return (counts * n_tokens - torch.arange(n_tokens)).to(root.device)
+    counts = torch.bincount(ids, minlength=tokens.embedded)
+    return (counts * tokens.embedded - torch.arange(tokens.embedded)).to(tokens.device)
 
 
-def _delimiters(model: nn.Module, data: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """The numbers of tokens that separate texts or their parts, and of those that end a text."""
-    special, words = special_tokens(model), tokenizer(model)
-    found = set(special)
-    if words is not None:
-        for number in _ids(data).unique().tolist():
-            text = str(words.decode([number])).strip(" ")
+def _delimiters(ids: Tensor, tokens: Tokens) -> set[int]:
+    """The numbers of tokens that separate texts or their parts."""
+    found = set(tokens.special)
+    if tokens.words is not None:
+        for number in ids.unique().tolist():
+            text = str(tokens.words.decode([number])).strip(" ")
             if text and set(text) <= DELIMITERS:
                 found.add(number)
-    config: Any = bare_model(model).config.get_text_config()
-    ends = [getattr(owner, name, None) for owner in (config, words) for name in ("eos_token_id", "sep_token_id")]
-    flat = {n for end in ends if end is not None for n in (end if isinstance(end, (list, tuple)) else [end])}
-    separating, ending = (
-        torch.tensor(sorted(ids), dtype=torch.long, device=bare_model(model).device) for ids in (found, flat)
-    )
-    return separating, ending
+    return found

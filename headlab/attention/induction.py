@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch, context_length
+from ..data.batches import Batch
+from ..data.tokens import Tokens
 from ..errors import HeadlabError
 from ..hooks.sites import Pass, at_sites
-from ..models.access import bare_model, is_folded, rows, tokenizer
+from ..models.access import bare_model, is_folded
 from ..models.attention_modules import Attention, bare
 from ..models.norms import final_norm, gain, norm_after
 from ..models.projections import projections
@@ -22,20 +23,7 @@ from .statistics import Ratios
 RANDOM_BATCH = 8  # sequences that go through the model at once
 
 
-def special_tokens(model: nn.Module) -> set[int]:
-    """The numbers of tokens that are no text: the configuration's, and those added to the tokenizer."""
-    config: Any = bare_model(model).config.get_text_config()
-    found: set[int] = set()
-    for name in ("bos", "eos", "pad", "sep", "cls", "mask", "unk", "decoder_start"):
-        number = getattr(config, f"{name}_token_id", None)
-        found.update(number if isinstance(number, (list, tuple)) else [] if number is None else [number])
-    if (words := tokenizer(model)) is not None:
-        found.update(words.all_special_ids)
-        found.update(getattr(words, "added_tokens_decoder", {}))
-    return found
-
-
-def repeated(model: nn.Module, sequences: int, length: int, seed: int) -> tuple[list[Batch], list[str]]:
+def repeated(tokens: Tokens, sequences: int, length: int, seed: int) -> tuple[list[Batch], list[str]]:
     """Batches of sequences whose second half repeats the first, which is random; and notes.
 
     Raises:
@@ -43,18 +31,14 @@ def repeated(model: nn.Module, sequences: int, length: int, seed: int) -> tuple[
     """
     if sequences < 1:
         raise HeadlabError(f"sequences must be at least 1, not {sequences}")
-    root, notes = bare_model(model), []
-    if (context := context_length(root)) is not None and context < length:
-        notes.append(f"random sequences have {context // 2 * 2} tokens instead of {length}, for the model takes no more")
-        length = context
+    notes = []
+    if tokens.context is not None and tokens.context < length:
+        even = tokens.context // 2 * 2
+        notes.append(f"random sequences have {even} tokens instead of {length}, for the model takes no more")
+        length = tokens.context
     if (period := length // 2) < 3:
         raise HeadlabError(f"repeated random tokens need a length of at least 6, not {length}")
-    words = tokenizer(model)
-    n_tokens = root.config.get_text_config().vocab_size
-    if words is not None:
-        n_tokens = min(n_tokens, len(words))
-    special = special_tokens(model)
-    usable = torch.tensor([number for number in range(n_tokens) if number not in special])
+    usable = torch.tensor([number for number in range(tokens.known) if number not in tokens.special])
     if len(usable) < 2:
         raise HeadlabError(f"the vocabulary has {len(usable)} tokens that are not special: too few to draw at random")
     generator = torch.Generator().manual_seed(seed)
@@ -64,8 +48,7 @@ def repeated(model: nn.Module, sequences: int, length: int, seed: int) -> tuple[
         notes.append(f"random tokens come more than twice, for there are only {len(usable)} to draw from")
         drawn = [torch.randint(len(usable), (period,), generator=generator) for _ in range(sequences)]
     ids = usable[torch.stack(drawn)].repeat(1, 2)  # [sequence, pos]
-    both = ("input_ids", "decoder_input_ids") if root.config.is_encoder_decoder else ("input_ids",)
-    return [dict.fromkeys(both, part) for part in ids.split(RANDOM_BATCH)], notes
+    return [dict.fromkeys(tokens.inputs, part) for part in ids.split(RANDOM_BATCH)], notes
 
 
 class Copying:
@@ -77,21 +60,22 @@ class Copying:
     from the unembedding's.
     """
 
-    def __init__(self, model: nn.Module, period: int) -> None:
+    def __init__(self, model: nn.Module, found: Sequence[Attention], period: int) -> None:
         self.period = period
         self.sums: dict[int, Ratios] = {}
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
-        found = bare_model(model).get_output_embeddings()
-        if found is None or is_folded(model):
+        self.watched: list[Attention] = []
+        unembedding = bare_model(model).get_output_embeddings()
+        if unembedding is None or is_folded(model):
             return
-        module: Any = bare(found)
+        module: Any = bare(unembedding)
         self.unembedding: Tensor = module.weight.detach()  # [vocabulary, d_model]
         wide = torch.promote_types(self.unembedding.dtype, torch.float32)
         self.mean = self.unembedding.mean(0, dtype=wide)
         spread = sum(
             (part.to(wide) - self.mean).T @ (part.to(wide) - self.mean) for part in self.unembedding.split(8192)
         ) / len(self.unembedding)
-        for row in rows(model):
+        for row in found:
             norm = final_norm(model, row)
             if norm is None or row.stack == "enc" or not row.slots:
                 continue
@@ -102,11 +86,12 @@ class Copying:
             o = gain(norm).after(o)
             self.written[row.row] = o, o @ spread @ o.transpose(1, 2)
             self.sums[row.row] = Ratios(len(row.heads), 1)
+            self.watched.append(row)
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Inside, every forward pass over repeated sequences is measured."""
-        with at_sites(model, self._see, [row for row in rows(model) if row.row in self.sums]):
+        with at_sites(model, self._see, self.watched):
             yield
 
     def _see(self, row: Attention, z: Tensor, run: Pass) -> None:

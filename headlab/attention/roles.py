@@ -9,8 +9,9 @@ import numpy as np
 from torch import nn
 
 from ..data.batches import Batches, describe_data, prepare
+from ..data.tokens import tokens_of
 from ..errors import HeadlabError
-from ..models.access import describe
+from ..models.access import describe, rows
 from ..tables import Head, HeadColumns, Rows
 from .collecting import holes, measured
 from .induction import Copying, repeated
@@ -131,7 +132,7 @@ def patterns(model: nn.Module, batches: Batches) -> PatternStats:
         HeadlabError: bad batches, or a model whose attention has no eager implementation.
     """
     data = prepare(model, batches)
-    heads, columns, errors = measured(model, data, "patterns")
+    heads, columns, errors = measured(model, rows(model), tokens_of(model), data, "patterns")
     record = {"model": describe(model), "data": describe_data(data), "notes": holes(columns)}
     return PatternStats(heads, columns, errors, record)
 
@@ -164,10 +165,11 @@ def roles(
         HeadlabError: bad batches or options; a vocabulary or a context too small for repeated tokens.
     """
     texts = None if batches is None else prepare(model, batches)
-    random, notes = repeated(model, sequences, length, seed)
+    attentions, tokens = rows(model), tokens_of(model)
+    random, notes = repeated(tokens, sequences, length, seed)
     data = prepare(model, random)
-    copying = Copying(model, data[0]["input_ids"].shape[1] // 2)
-    heads, columns, errors = measured(model, data, "roles: repeated tokens", copying)
+    copying = Copying(model, attentions, period=data[0]["input_ids"].shape[1] // 2)
+    heads, columns, errors = measured(model, attentions, tokens, data, "roles: repeated tokens", copying)
     record: dict[str, Any] = {"model": describe(model)}
     if texts is None:
         notes.append("without texts, roles were measured on random tokens, which have no delimiters and no rare ones")
@@ -175,9 +177,9 @@ def roles(
             columns[name] = tuple(np.full_like(row, np.nan) for row in columns[name])
     else:
         record["data"] = describe_data(texts)
-        _, *in_texts = measured(model, texts, "roles: texts")
+        _, *in_texts = measured(model, attentions, tokens, texts, "roles: texts")
         for own, found in zip((columns, errors), in_texts, strict=True):
-            own.update({name: rows for name, rows in found.items() if not name.endswith(REPEATED)})
+            own.update({name: numbers for name, numbers in found.items() if not name.endswith(REPEATED)})
     chosen: dict[str, Rows] = {}
     chosen_errors: dict[str, Rows] = {}
     names = [*ROLES, "copying", "entropy", "relative_entropy", "confidence", "distance"]

@@ -13,10 +13,11 @@ from torch import Tensor
 
 import headlab as hl
 from headlab.attention import statistics
-from headlab.attention.induction import repeated, special_tokens
+from headlab.attention.induction import repeated
 from headlab.attention.roles import ROLES, PatternStats, Roles, patterns, roles
 from headlab.data.batches import real_tokens
 from headlab.data.losses import forward
+from headlab.data.tokens import tokens_of
 from headlab.hooks.patterns import Look, at_patterns
 from headlab.hooks.sites import at_sites
 from headlab.models.access import heads, rows
@@ -254,7 +255,7 @@ def test_roles_copying_is_that_of_whole_logits() -> None:
     for name in ("gpt2", "llama-gqa", "gemma2", "t5", "dcformer-mha"):
         model: Any = zoo.build(name).requires_grad_(False)
         found = roles(model, sequences=3, length=14, seed=5)
-        batch = repeated(model, 3, 14, 5)[0][0]
+        batch = repeated(tokens_of(model), 3, 14, 5)[0][0]
         row = rows(model)[-3 if name == "t5" else -1]
         z: list[Tensor] = []
         with torch.no_grad(), at_sites(model, lambda _, x, __, z=z: z.append(x.double()), [row]):
@@ -335,20 +336,20 @@ def test_texts_decide_on_all_but_copies() -> None:
 
 def test_random_tokens_repeat_are_no_special_ones_and_fit() -> None:
     model = zoo.build("gpt2")
-    batches, notes = repeated(model, 11, 40, 0)
+    batches, notes = repeated(tokens_of(model), 11, 40, 0)
     ids = torch.cat([batch["input_ids"] for batch in batches])
     assert ids.shape == (11, 40)
     assert torch.equal(ids[:, :20], ids[:, 20:])
-    assert not set(ids.flatten().tolist()) & special_tokens(model)
+    assert not set(ids.flatten().tolist()) & tokens_of(model).special
     assert all(len(set(row)) == 20 for row in ids[:, :20].tolist())
     assert not notes
-    batches, notes = repeated(model, 2, 4096, 0)
+    batches, notes = repeated(tokens_of(model), 2, 4096, 0)
     assert batches[0]["input_ids"].shape == (2, 60)
     assert "60 tokens instead of 4096" in notes[0]
     assert roles(model, sequences=1, length=4096).record["length"] == 60
-    assert torch.equal(ids, torch.cat([batch["input_ids"] for batch in repeated(model, 11, 40, 0)[0]]))
-    assert not torch.equal(ids, torch.cat([batch["input_ids"] for batch in repeated(model, 11, 40, 1)[0]]))
-    assert "come more than twice" in repeated(zoo.build("t5"), 2, 1000, 0)[1][0]
+    assert torch.equal(ids, torch.cat([batch["input_ids"] for batch in repeated(tokens_of(model), 11, 40, 0)[0]]))
+    assert not torch.equal(ids, torch.cat([batch["input_ids"] for batch in repeated(tokens_of(model), 11, 40, 1)[0]]))
+    assert "come more than twice" in repeated(tokens_of(zoo.build("t5")), 2, 1000, 0)[1][0]
 
 
 def test_bad_input_is_refused() -> None:
