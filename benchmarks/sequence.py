@@ -43,6 +43,7 @@ from synthetic_tasks.probes.training import faster_products
 from .dcmha_train import warm_cosine
 from .language import BETWEEN, DOMAINS, END, LABELS, MASK, START, Language
 
+BASE = "bert-base"  # a shape that is timed beside the models trained here
 SHARES = (1 / 20, 2 / 20, 3 / 20, 5 / 20, 10 / 20, 15 / 20, 1.0)  # of training, at which a checkpoint is saved
 LONGEST = 48  # tokens of a sentence, in either language, with its end
 

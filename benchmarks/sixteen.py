@@ -32,10 +32,9 @@ from headlab.results import Result, read_json, write
 from headlab.studies.checkpoints import checkpoint_folders, profile
 
 from .language import DOMAINS
-from .sequence import LONGEST, accuracy, add_sizes, bleu, cut, examples, given_size, train, wrong
+from .sequence import BASE, LONGEST, accuracy, add_sizes, bleu, cut, examples, given_size, train, wrong
 
 TASKS = ("translator", "classifier")
-BASE = "bert-base"
 STACKS = ("enc", "dec", "cross")
 METRICS: dict[str, Metric] = {"translator": bleu, "classifier": accuracy}
 SPEED_BATCHES = (1, 4, 16, 64)

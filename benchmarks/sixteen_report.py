@@ -16,8 +16,7 @@ from headlab.studies.checkpoints import Profile, step_of
 from headlab.studies.correlation import Correlation
 
 from .dcmha_report import picture, table
-from .sequence import SIZES
-from .sixteen import BASE
+from .sequence import BASE, SIZES
 
 # Michel, Levy & Neubig 2019 (arXiv 1905.10650); Enc-Enc, Dec-Dec, Enc-Dec there are enc, dec, cross here
 PAPER_ALONE = {  # tables 2 and 3: the best head of a layer alone; * is p < .01
