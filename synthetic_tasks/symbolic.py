@@ -3,7 +3,7 @@
 Looking up by p is what a QK circuit does, reporting a is what an OV circuit does. `CrossComposition` holds some of the
 combinations (p, a) out of training, every p and every a being trained in others: a head of plain attention, whose QK and
 OV are tied together, has to have met a combination, heads that are composed anew at every query do not.
-`AssociativeRecall` and `Induction` are controls that plain attention does solve.
+`Induction` is a control that plain attention does solve.
 """
 
 from __future__ import annotations
@@ -283,52 +283,6 @@ def causal_batch(ids: Int[Tensor, "n pos"], asked: Bool[Tensor, "*n pos"]) -> di
     """A batch for a causal model, with a label where something is asked."""
     labels = torch.where(asked, ids, IGNORED)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-@dataclass(frozen=True)
-class AssociativeRecall:
-    """Keys with values, then some of the keys again: what was their value? (MQAR, of which plain attention is capable.)
-
-    Source: Zoology (arXiv 2312.04927).
-
-    Args:
-        n_keys, n_values: sizes of the two vocabularies.
-        n_pairs: keys with values in a sequence, no key twice.
-        n_queries: how many of them are asked for.
-        seed: of the sequences.
-
-    Raises:
-        HeadlabError: more pairs than keys, or more queries than pairs.
-    """
-
-    n_keys: int = 64
-    n_values: int = 64
-    n_pairs: int = 8
-    n_queries: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.n_queries <= self.n_pairs <= self.n_keys or self.n_values < 1:
-            raise HeadlabError(
-                f"{self.n_queries} queries for {self.n_pairs} pairs of {self.n_keys} keys and {self.n_values} values: "
-                "there must be at least one query, no more queries than pairs, no more pairs than keys"
-            )
-
-    @property
-    def n_tokens(self) -> int:
-        """Size of the vocabulary: keys, then values."""
-        return self.n_keys + self.n_values
-
-    def sample(self, n: int, split: Split = "train", device: str | torch.device = "cpu", draw: int = 0) -> dict[str, Tensor]:
-        """A batch for a causal model, `k v k v ... k v k v`; the values of the keys at the end have labels."""
-        generator = _generator(self.seed, n, split, device, draw)
-        keys = torch.rand(n, self.n_keys, generator=generator, device=device).argsort(-1)[:, : self.n_pairs]
-        values = torch.randint(self.n_values, (n, self.n_pairs), generator=generator, device=device) + self.n_keys
-        asked = torch.rand(n, self.n_pairs, generator=generator, device=device).argsort(-1)[:, : self.n_queries]
-        pairs = torch.stack([keys, values], -1)
-        ids = torch.cat([pairs, pairs.gather(1, asked[..., None].expand(-1, -1, 2))], 1).flatten(1)
-        at = torch.arange(ids.shape[1], device=ids.device)
-        return causal_batch(ids, (at >= 2 * self.n_pairs) & (at % 2 == 1))
 
 
 @dataclass(frozen=True)

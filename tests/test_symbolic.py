@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from headlab.errors import HeadlabError
 from synthetic_tasks import CrossComposition, symbolic
-from synthetic_tasks.symbolic import IGNORED, LAYOUTS, LEVELS, SPLITS, AssociativeRecall, Induction, Sample
+from synthetic_tasks.symbolic import IGNORED, LAYOUTS, LEVELS, SPLITS, Induction, Sample
 
 LEVEL, LAYOUT, SHARED = st.sampled_from(LEVELS), st.sampled_from(LAYOUTS), st.booleans()
 
@@ -352,29 +352,6 @@ def test_a_batch_has_the_answer_behind_the_sequence_and_a_label_there_alone(shar
 # --- the controls
 
 
-@settings(max_examples=60)
-@given(st.data())
-def test_associative_recall_follows_from_the_pairs(data):
-    keys = data.draw(st.integers(1, 9), "keys")
-    pairs = data.draw(st.integers(1, keys), "pairs")
-    queries, values = data.draw(st.integers(1, pairs), "queries"), data.draw(st.integers(1, 5), "values")
-    task = AssociativeRecall(keys, values, pairs, queries, seed=data.draw(st.integers(0, 99), "seed"))
-    batch = task.sample(5, data.draw(st.sampled_from(SPLITS)))
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (5, 2 * (pairs + queries))
-    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-        assert all(0 <= token < keys for token in ids[::2])
-        assert all(keys <= token < task.n_tokens for token in ids[1::2])
-        assert len(set(ids[: 2 * pairs : 2])) == pairs
-        assert len(set(ids[2 * pairs :: 2])) == queries
-        for at, label in enumerate(labels):
-            if at >= 2 * pairs and at % 2:
-                (guess,) = {ids[i + 1] for i in range(0, at - 1, 2) if ids[i] == ids[at - 1]}  # only from before
-                assert label == ids[at] == guess
-            else:
-                assert label == -100
-    assert task.n_tokens == keys + values
-
-
 @settings(max_examples=40)
 @given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 99), st.sampled_from(SPLITS))
 def test_induction_follows_from_what_was_said_before(tokens, length, seed, split):
@@ -387,22 +364,16 @@ def test_induction_follows_from_what_was_said_before(tokens, length, seed, split
             assert labels[at] == ids[at] == ids[at - length]
 
 
-@pytest.mark.parametrize("task", [AssociativeRecall(17, 13, 5, 3), Induction(17, 5)])
-def test_controls_are_deterministic_and_their_draws_differ(task):
+def test_the_control_is_deterministic_and_its_draws_differ():
+    task = Induction(17, 5)
     distinct = {str(task.sample(7, split, draw=draw)["input_ids"].tolist()) for split in SPLITS for draw in (0, 1)}
     distinct |= {str(replace(task, seed=1).sample(7)["input_ids"].tolist())}
     assert len(distinct) == 7
     assert torch.equal(task.sample(7, "test", draw=1)["input_ids"], replace(task).sample(7, "test", draw=1)["input_ids"])
 
 
-def test_values_and_queries_of_the_controls_are_equally_frequent():
+def test_tokens_of_the_control_are_equally_frequent():
     n = 5000
-    ids = AssociativeRecall(7, 5, 3, 2).sample(n)["input_ids"]
-    for at in (0, 2, 4, 6, 8):
-        uniform(ids[:, at].bincount(minlength=7).tolist(), n)
-    for at in (1, 3, 5):
-        uniform((ids[:, at] - 7).bincount(minlength=5).tolist(), n)
-    uniform((ids[:, 6, None] == ids[:, 0:6:2]).sum(0).tolist(), n)  # which of the pairs is asked for first
     for at in range(3):
         uniform(Induction(11, 3).sample(n)["input_ids"][:, at].bincount(minlength=11).tolist(), n)
 
@@ -430,9 +401,7 @@ def test_bad_sizes(options, message):
         CrossComposition(**options)
 
 
-@pytest.mark.parametrize(
-    "task", [CrossComposition(), AssociativeRecall(), Induction()], ids=lambda task: type(task).__name__
-)
+@pytest.mark.parametrize("task", [CrossComposition(), Induction()], ids=lambda task: type(task).__name__)
 def test_bad_samples(task):
     with pytest.raises(HeadlabError, match="0 sequences were asked for"):
         task.sample(0)
@@ -463,13 +432,6 @@ def test_bags_are_no_batch():
         task.batch(task.sample(1))
 
 
-@pytest.mark.parametrize("sizes", [(5, 3, 2, 3), (5, 3, 6, 2), (5, 3, 2, 0), (5, 0, 2, 1)])
-def test_bad_recall(sizes):
-    keys, values, pairs, queries = sizes
-    with pytest.raises(HeadlabError, match=f"{queries} queries for {pairs} pairs of {keys} keys and {values} values"):
-        AssociativeRecall(*sizes)
-
-
 @pytest.mark.parametrize(("tokens", "length"), [(1, 5), (5, 1), (0, 3)])
 def test_bad_induction(tokens, length):
     with pytest.raises(HeadlabError, match=f"{length} of {tokens} tokens"):
@@ -477,10 +439,8 @@ def test_bad_induction(tokens, length):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "task", [Induction(n_tokens=32, length=8), AssociativeRecall(n_keys=16, n_values=16, n_pairs=4, n_queries=4)]
-)
-def test_plain_attention_solves_the_controls(task: Induction | AssociativeRecall) -> None:
+def test_plain_attention_solves_the_control() -> None:
+    task = Induction(n_tokens=32, length=8)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=task.n_tokens,
