@@ -58,12 +58,12 @@ def report(logs: list[Path], docs: Path = Path("docs")) -> None:
     for name, (title, text) in SECTIONS.items():
         of = ProbeResults(collected([name], "full", SEEDS, rows))
         n_points = len(STUDIES[name](FULL, range(SEEDS)))
-        if 2 * len(of.rows) < n_points:  # a few points that another study has measured are no study
+        if 2 * len(of.lines) < n_points:  # a few points that another study has measured are no study
             continue
         figure = plots.probes(of, name) if name in AXES else plots.probe_kinds(of)
         parts += [f"## {title}", text, picture(figure, docs, f"probes-{name}", title), table(of)]
-        if len(of.rows) < n_points:
-            parts.append(f"{len(of.rows)} of {n_points} points were measured.")
+        if len(of.lines) < n_points:
+            parts.append(f"{len(of.lines)} of {n_points} points were measured.")
     parts += ["## A language model on the same questions", SMOLLM2]
     for name, title in EVALUATIONS.items():
         lines = pd.read_csv(docs / "data" / f"smollm2-{name}.csv", dtype=str, keep_default_na=False)

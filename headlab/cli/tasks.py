@@ -104,7 +104,7 @@ def evaluate(
     result = scoring.evaluate(loaded, found, mask=gates, site=site, batch_size=batch_size, log=log)
     result = results_folder.store(result, out / f"{name}.json")
     results_folder.write_csv(result, out / f"{name}.csv")
-    factors = [*dict.fromkeys(factor for row in result.rows for factor in row["factors"]), "difficulty"]
+    factors = [*dict.fromkeys(factor for row in result.lines for factor in row["factors"]), "difficulty"]
     alike = _alike(result, kind, out)
     several = alike if len(alike) > 1 else result
     measures = ["all", "choice"] if len(alike) > 1 else ["all", "first", "choice"]
@@ -189,7 +189,7 @@ def probe(
         changing = [column for column in _SETTINGS if table[column].nunique() > 1]
         table = table[["level", "kind", "heads", *changing, "parameters", *_REACHED]]
         typer.echo(f"{name}\n{table.to_string(index=False, float_format='{:.3g}'.format)}")
-    typer.echo(f"{len(results.rows)} probes; written to {out / 'probes-STUDY.json, .csv and .html'}")
+    typer.echo(f"{len(results.lines)} probes; written to {out / 'probes-STUDY.json, .csv and .html'}")
 
 
 _SETTINGS = (

@@ -271,8 +271,8 @@ def _timing(item: Item) -> Part:
 
 
 def _evaluation(item: Item) -> Part:
-    rows = item.result.rows
-    factors = [*dict.fromkeys(factor for row in rows for factor in row["factors"]), "difficulty"]
+    lines = item.result.lines
+    factors = [*dict.fromkeys(factor for line in lines for factor in line["factors"]), "difficulty"]
     title = plots.shown(f"Accuracy: {item.name}")
     figures: list[tuple[str, Plot]] = [
         (item.name, partial(plots.tasks, item.result, factors, ["all", "first", "choice"], title)),
@@ -282,7 +282,7 @@ def _evaluation(item: Item) -> Part:
 
 
 def _probes(item: Item) -> Part:
-    studies = list(dict.fromkeys(row["study"] for row in item.result.rows))
+    studies = list(dict.fromkeys(line["study"] for line in item.result.lines))
     figures: list[tuple[str, Plot]] = []
     for study in studies:
         of = item.result.of(study)

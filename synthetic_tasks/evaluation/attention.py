@@ -65,7 +65,7 @@ def attention_on(
     bar = tqdm(total=len(encoded), desc="attention", unit="context", disable=None)
     with bar, evaluating(model), torch.inference_mode(), _patterns(model, found, add) as check_all_seen:
         for members in plan(encoded, batch_size):
-            if wanted := [(place, *pair) for place, i in enumerate(members) for pair in parts[i]]:
+            if wanted := [(at, *pair) for at, i in enumerate(members) for pair in parts[i]]:
                 forward(model, inputs(model, [encoded[i] for i in members], padding))
                 check_all_seen()
             bar.update(len(members))

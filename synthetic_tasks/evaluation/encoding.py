@@ -29,7 +29,7 @@ class EncodedAnswer:
         span: of the answer, from the white space before it on where that has tokens of its own; at least one token stands
             before it.
         lead: how many tokens of white space it begins with.
-        choices: the tokens of every choice, as they would be in the answer's place.
+        choices: the tokens of every choice, as they would be instead of the answer.
         query, record, matched, reported: the tokens that share a character with these parts of the text.
     """
 
@@ -104,11 +104,11 @@ def _check(context: Context, number: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A text and its tokens; `places` are those that stand for characters, from `starts` to `ends`."""
+    """A text and its tokens; `positions` are those that stand for characters, from `starts` to `ends`."""
 
     text: str
     ids: Ids
-    places: list[int]
+    positions: list[int]
     starts: list[int]
     ends: list[int]
 
@@ -116,9 +116,9 @@ class _Text:
         """The tokens that share a character with a span."""
         first, end = bisect_right(self.ends, span[0]), bisect_left(self.starts, span[1])
         if first >= end:
-            place = self.places[first] if first < len(self.places) else len(self.ids)
-            return place, place
-        return self.places[first], self.places[end - 1] + 1
+            at = self.positions[first] if first < len(self.positions) else len(self.ids)
+            return at, at
+        return self.positions[first], self.positions[end - 1] + 1
 
     def holding(self, span: Span, what: str) -> tuple[Span, int]:
         """The tokens of an answer: those that hold it and nothing else, after those of white space only that lead up to it
@@ -137,8 +137,8 @@ class _Text:
         after = first  # the token before this one is of something else
         while after > 0 and _SPACE.fullmatch(self.text, self.starts[after - 1], self.ends[after - 1]):
             after -= 1
-        start = self.places[after - 1] + 1 if after else self.places[0]
-        return (start, self.places[end - 1] + 1), self.places[first] - start
+        start = self.positions[after - 1] + 1 if after else self.positions[0]
+        return (start, self.positions[end - 1] + 1), self.positions[first] - start
 
 
 def _tokenize(tokenizer: Any, given: Sequence[Context | str], special: bool = True) -> list[_Text]:
@@ -147,9 +147,9 @@ def _tokenize(tokenizer: Any, given: Sequence[Context | str], special: bool = Tr
     tokenized = []
     for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
         # what the tokenizer adds, and parts of a word that it keeps apart from their characters, have no width
-        real = [(place, *offset) for place, offset in enumerate(offsets) if offset[0] < offset[1]]
-        places, starts, ends = (list(column) for column in zip(*real, strict=True)) if real else ([], [], [])
-        tokenized.append(_Text(text, tuple(ids), places, starts, ends))
+        real = [(position, *offset) for position, offset in enumerate(offsets) if offset[0] < offset[1]]
+        positions, starts, ends = (list(column) for column in zip(*real, strict=True)) if real else ([], [], [])
+        tokenized.append(_Text(text, tuple(ids), positions, starts, ends))
     return tokenized
 
 
@@ -179,8 +179,8 @@ class _Choices:
         key = (before, after, answer.choices)
         if key not in self.known:
             self.known[key] = self._between(before, after, answer.choices, where, special=False)
-        found, place = self.known[key], answer.choices.index(answer.text)
-        if found[place] != gold:
+        found, at = self.known[key], answer.choices.index(answer.text)
+        if found[at] != gold:
             found = self._between(text.text[:begin], text.text[end:], answer.choices, where, special=True)
         if len(set(found)) < len(found):
             twice = next(ids for ids in found if found.count(ids) > 1)

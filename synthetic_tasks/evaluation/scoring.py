@@ -38,7 +38,7 @@ class Evaluation(Result):
     """How a model did, answer by answer.
 
     Attributes:
-        rows: one dict per scored answer, in the order of the contexts: `context` (its number), `task`, `difficulty`,
+        lines: one dict per scored answer, in the order of the contexts: `context` (its number), `task`, `difficulty`,
             `factors`, `place` (which answer of its context), `answer`, `tokens` (how many it has), the measures
 
             * `all`: every token of the answer is the most likely one, given the text and answer before it: greedy decoding
@@ -51,21 +51,21 @@ class Evaluation(Result):
     """
 
     kind = "evaluation"
-    rows: tuple[dict[str, Any], ...]
+    lines: tuple[dict[str, Any], ...]
     record: dict[str, Any] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
         """A table with one line per answer; every factor is a column."""
         import pandas as pd
 
-        flat = [{name: value for name, value in row.items() if name != "factors"} | row["factors"] for row in self.rows]
+        flat = [{name: value for name, value in row.items() if name != "factors"} | row["factors"] for row in self.lines]
         return pd.DataFrame(flat)
 
     def accuracy(self, measure: str = "all") -> float:
         """The share of answers that are right, by one of the measures `all`, `first` and `choice`."""
         if measure not in MEASURES:
             raise HeadlabError(f"measure is one of {', '.join(MEASURES)}, not {measure!r}")
-        return float(np.mean([row[measure] for row in self.rows]))
+        return float(np.mean([row[measure] for row in self.lines]))
 
     def by(self, *names: str) -> pd.DataFrame:
         """Accuracy with 95 % intervals (`wilson`) for every value of a factor, or combination of values of several.
@@ -97,16 +97,16 @@ class Evaluation(Result):
         return pd.DataFrame(lines)
 
     def _body(self) -> dict[str, Any]:
-        return {"rows": list(self.rows)}
+        return {"rows": list(self.lines)}  # as version 0.1.0 called them
 
     @classmethod
     def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> Self:
         return cls(tuple(dict(row) for row in body["rows"]), record)
 
     def __repr__(self) -> str:
-        contexts, tasks = ({row[name] for row in self.rows} for name in ("context", "task"))
+        contexts, tasks = ({row[name] for row in self.lines} for name in ("context", "task"))
         shares = ", ".join(f"{measure} {self.accuracy(measure):.1%}" for measure in MEASURES)
-        return f"Evaluation({len(self.rows)} answers in {len(contexts)} contexts of {len(tasks)} tasks: {shares})"
+        return f"Evaluation({len(self.lines)} answers in {len(contexts)} contexts of {len(tasks)} tasks: {shares})"
 
 
 def wilson(right: np.ndarray, clusters: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -194,7 +194,7 @@ def evaluate(
                 done[number] = _judge(model, [encoded[i] for i in members], padding)
                 steps.append({"batch": number, "answers": done[number]})
             bar.update(len(members))
-    judged = {i: done[number][place] for number, members in enumerate(groups) for place, i in enumerate(members)}
+    judged = {i: done[number][at] for number, members in enumerate(groups) for at, i in enumerate(members)}
     return Evaluation(tuple(_rows(given, encoded, judged)), record)
 
 
@@ -210,9 +210,9 @@ def _as_lists(mask: Gates) -> list[Any]:
 def _judge(model: nn.Module, batch: Sequence[Encoded], padding: int) -> list[list[list[Any]]]:
     """For every context, for every answer: all, first, choice, logprob."""
     logits = _answer_logits(model, batch, padding)  # [token, vocab]
-    tokens = [(context, answer, place) for context in batch for answer in context.answers for place in range(answer.length)]
-    gold = torch.tensor([context.ids[answer.span[0] + place] for context, answer, place in tokens], device=logits.device)
-    allowed = [_continuations(context, answer, place) for context, answer, place in tokens]
+    tokens = [(context, answer, said) for context in batch for answer in context.answers for said in range(answer.length)]
+    gold = torch.tensor([context.ids[answer.span[0] + said] for context, answer, said in tokens], device=logits.device)
+    allowed = [_continuations(context, answer, said) for context, answer, said in tokens]
     widest = max(map(len, allowed))
     table = torch.tensor([ids + ids[:1] * (widest - len(ids)) for ids in allowed], device=logits.device)  # [token, choice]
     best = logits.argmax(-1) == gold
@@ -251,28 +251,28 @@ def _answer_logits(model: nn.Module, batch: Sequence[Encoded], padding: int) -> 
     if "logits_to_keep" in inspect.signature(bare_model(model).forward).parameters:
         given["logits_to_keep"] = torch.tensor(kept, device=given["input_ids"].device)
     logits: Tensor = forward(model, given).logits  # [batch, pos or kept, vocab]
-    place = {position: i for i, position in enumerate(kept)} if logits.shape[1] != n_pos else range(n_pos)
-    picked = logits[[row for row, _ in wanted], [place[position] for _, position in wanted]]
+    at = {position: i for i, position in enumerate(kept)} if logits.shape[1] != n_pos else range(n_pos)
+    picked = logits[[row for row, _ in wanted], [at[position] for _, position in wanted]]
     return picked.to(torch.promote_types(picked.dtype, torch.float32))
 
 
-def _continuations(context: Encoded, answer: EncodedAnswer, place: int) -> list[int]:
-    """The tokens that go on with some choice, after the first `place` tokens of the answer."""
-    said = context.ids[answer.span[0] : answer.span[0] + place]
-    return sorted({tokens[place] for tokens in answer.choices if len(tokens) > place and tokens[:place] == said})
+def _continuations(context: Encoded, answer: EncodedAnswer, n: int) -> list[int]:
+    """The tokens that go on with some choice, after the first `n` tokens of the answer."""
+    said = context.ids[answer.span[0] : answer.span[0] + n]
+    return sorted({tokens[n] for tokens in answer.choices if len(tokens) > n and tokens[:n] == said})
 
 
 def _rows(contexts: Sequence[Context], encoded: Sequence[Encoded], judged: dict[int, Any]) -> Iterator[dict[str, Any]]:
     for number, (context, tokens) in enumerate(zip(contexts, encoded, strict=True)):
-        for place, (answer, found) in enumerate(zip(context.answers, judged[number], strict=True)):
+        for i, (answer, found) in enumerate(zip(context.answers, judged[number], strict=True)):
             yield {
                 "context": number,
                 "task": context.task,
                 "difficulty": context.difficulty,
                 "factors": dict(context.factors),
-                "place": place,
+                "place": i,
                 "answer": answer.text,
-                "tokens": tokens.answers[place].length,
+                "tokens": tokens.answers[i].length,
                 **dict(zip((*MEASURES, "logprob"), found, strict=True)),
                 "chance": 1 / len(answer.choices),
             }

@@ -9,7 +9,7 @@ from typing import Any
 from headlab.errors import HeadlabError
 
 from .contexts import Answer, Context, Span
-from .sampling import Draw, possible_lines, shortage
+from .sampling import Sampler, possible_lines, shortage
 from .templates import Sentences, Task, compile_task, possible_tasks
 from .words import read_lexicon
 
@@ -91,10 +91,10 @@ class InContextTasks:
         return possible_lines(self._task(task), self.people, self.records)
 
     def sample(self, n: int, task: str | None = None) -> list[Context]:
-        """Draw `n` contexts of a task, or of every task in turn.
+        """Sampler `n` contexts of a task, or of every task in turn.
 
         No scored line of a task occurs twice. Over them, all answers are as frequent as each other (kinds and genders
-        where those are reported), and so are the places of the right record, as far as the counts allow. The same seed
+        where those are reported), and so are the positions of the right record, as far as the counts allow. The same seed
         gives the same contexts; the first of a longer sample are those of a shorter one.
 
         Raises:
@@ -115,7 +115,7 @@ class InContextTasks:
         if task not in self._compiled:
             self._compiled[task] = tuple(compile_task(found, self.people, v) for v in range(len(found.variants)))
         return _sample(
-            found, self._compiled[task], Draw(found, self.people, self.records, self.seed), n, self.shots, self.scored
+            found, self._compiled[task], Sampler(found, self.people, self.records, self.seed), n, self.shots, self.scored
         )
 
     def _task(self, name: str) -> Task:
@@ -140,21 +140,21 @@ def _filtered(tasks: list[Task], filters: Mapping[str, str | Iterable[str] | Non
     return tasks
 
 
-def _sample(task: Task, compiled: Sequence[Sentences], draw: Draw, n: int, shots: int, scored: int) -> list[Context]:
+def _sample(task: Task, compiled: Sequence[Sentences], sampler: Sampler, n: int, shots: int, scored: int) -> list[Context]:
     factors, name, difficulty = task.factors, task.name, task.difficulty
     by_person, tells_person, negated = task.by_person, task.tells_person, task.negated
     seen: set[str] = set()
     contexts = []
     for _ in range(n):
-        sentences = compiled[draw.variant()]
+        sentences = compiled[sampler.variant()]
         facts, heads, words = sentences.facts, sentences.heads, sentences.words
         lines: list[str] = []
         answers = []
         start = 0
         for number in range(shots + scored):
-            draw.new_line(number < shots)
+            sampler.new_line(number < shots)
             for attempt in range(TRIES):
-                people, items, right = draw.records(attempt)
+                people, items, right = sampler.records(attempt)
                 looked: list[Any] = people if by_person else items
                 told: list[Any] = people if tells_person else items
                 key = told[right]

@@ -9,7 +9,7 @@ from random import Random
 from typing import Generic, Literal, TypeVar
 
 from .templates import Task
-from .words import Family, People
+from .words import People, WordFamily
 
 Persons = Literal["none", "any", "same", "other genders", "one other gender", "mixed"]
 Items = Literal["any", "same word", "same group"]
@@ -62,7 +62,7 @@ def shortage(task: Task, people: People, records: int) -> str | None:
 
 
 def possible_lines(task: Task, people: People, records: int) -> int:
-    """How many different lines there are: places of the right record x people x items x sentence patterns."""
+    """How many different lines there are: positions of the right record x people x items x sentence patterns."""
     k = records - 1  # the others
     genders = _gender_sizes(people)
     n = sum(genders)
@@ -102,7 +102,7 @@ def _elementary(sizes: Sequence[int], k: int) -> int:
     return ways[k]
 
 
-def _group_sizes(family: Family) -> list[list[int]]:
+def _group_sizes(family: WordFamily) -> list[list[int]]:
     """Of every pool."""
     by_pool = [list(items) for _, items in groupby(family.items, key=lambda item: item.pool)]
     return [[len(list(items)) for _, items in groupby(pool, key=lambda item: item.group)] for pool in by_pool]
@@ -139,20 +139,20 @@ class Deck(Generic[T]):
 
 
 class _Right:
-    """What the right records are: their people, items and places, each balanced."""
+    """What the right records are: their people, items and positions, each balanced."""
 
-    def __init__(self, draw: Draw, task: Task, rng: Random) -> None:
-        names, numbers = list(draw.genders), list(range(len(task.family.items)))
+    def __init__(self, sampler: Sampler, task: Task, rng: Random) -> None:
+        names, numbers = list(sampler.genders), list(range(len(task.family.items)))
         by_gender = [
-            [name for name in names if draw.genders[name] == gender] for gender in dict.fromkeys(draw.genders.values())
+            [name for name in names if sampler.genders[name] == gender] for gender in dict.fromkeys(sampler.genders.values())
         ]
         by_group = [list(group) for _, group in groupby(numbers, key=lambda i: task.family.items[i].group)]
         self.person = Deck(by_gender if task.reported == "gender" else [names], rng)
         self.item = Deck(by_group if task.reported in task.family.related else [numbers], rng)
-        self.place = Deck([list(range(draw.n))], rng)
+        self.position = Deck([list(range(sampler.n))], rng)
 
 
-class Draw:
+class Sampler:
     """The records of one line after another."""
 
     def __init__(self, task: Task, people: People, records: int, seed: int) -> None:
@@ -175,7 +175,7 @@ class Draw:
         self.scored, self.shots = _Right(self, task, self.rng), _Right(self, task, self.rng)
         self.variants = Deck([list(range(len(task.variants)))], self.rng)
         self.nobody = [""] * records
-        self.person, self.item, self.place = "", 0, 0
+        self.person, self.item, self.position = "", 0, 0
 
     def variant(self) -> int:
         return self.variants.draw()
@@ -184,25 +184,25 @@ class Draw:
         """Choose the right record of the next line."""
         right = self.shots if shot else self.scored
         self.person = "" if self.persons_mode == "none" else right.person.draw()
-        self.item, self.place = right.item.draw(), right.place.draw()
+        self.item, self.position = right.item.draw(), right.position.draw()
 
     def records(self, attempt: int = 0) -> tuple[list[str], list[int], int]:
         """People and items of the line's records, in their order, and which is right.
 
-        Each attempt draws the others anew; once few lines with this place, then with this item, seem to be left, those
+        Each attempt draws the others anew; once few lines with this position, then with this item, seem to be left, those
         are drawn anew as well.
         """
         if attempt >= 8:
-            self.place = self.rng.randrange(self.n)
+            self.position = self.rng.randrange(self.n)
         if attempt >= 32:
             self.item = self.rng.randrange(len(self.groups))
         items = self._other_items()
-        items.insert(self.place, self.item)
+        items.insert(self.position, self.item)
         if self.persons_mode == "none":
-            return self.nobody, items, self.place
+            return self.nobody, items, self.position
         people = self._other_people()
-        people.insert(self.place, self.person)
-        return people, items, self.place
+        people.insert(self.position, self.person)
+        return people, items, self.position
 
     def _other_people(self) -> list[str]:
         mode, right, k = self.persons_mode, self.person, self.n - 1

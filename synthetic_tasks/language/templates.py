@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .words import Family, Pattern, Patterns, People
+from .words import Pattern, Patterns, People, WordFamily
 
 Fact = tuple[str, str, int, bool]
 """Text before the person, text after, where the item begins in its part, and whether that is the first part."""
@@ -23,7 +23,7 @@ class Task:
     reported: str
     negated: bool
     order: str
-    family: Family
+    family: WordFamily
 
     @property
     def name(self) -> str:
@@ -83,7 +83,7 @@ class Sentences:
     words: Mapping[str | int, str]
 
 
-def possible_tasks(families: Mapping[str, Family]) -> list[Task]:
+def possible_tasks(families: Mapping[str, WordFamily]) -> list[Task]:
     """Every task, in a fixed order: by relation, looked up, reported, negation, order."""
     tasks = []
     for family in families.values():
@@ -138,7 +138,7 @@ def compile_task(task: Task, people: People, variant: int) -> Sentences:
     return Sentences(facts, tuple(len(item.word) for item in family.items), heads, before, after, words)
 
 
-def _word_and_forms(family: Family, people: People, what: str, key: str | int) -> tuple[str, Mapping[str, str]]:
+def _word_and_forms(family: WordFamily, people: People, what: str, key: str | int) -> tuple[str, Mapping[str, str]]:
     if isinstance(key, str):
         return (key if what == "person" else people.group[key]), {}
     item = family.items[key]
@@ -158,7 +158,7 @@ def _around(pattern: Pattern, what: str, forms: Mapping[str, str]) -> tuple[str,
     return sides[0], sides[1]
 
 
-def _fact(pattern: Pattern, family: Family, number: int) -> Fact:
+def _fact(pattern: Pattern, family: WordFamily, number: int) -> Fact:
     item = family.items[number]
     sides, side, at, first = ["", ""], 0, 0, True
     for text, field in pattern:

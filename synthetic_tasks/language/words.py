@@ -41,7 +41,7 @@ class Patterns:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class WordFamily:
     """A relation: its words, and how it is said of people (`patterns`) and of the words alone (`odd`)."""
 
     name: str
@@ -68,7 +68,7 @@ class People:
     difference: str
 
 
-def read_lexicon(own: str | Path | Mapping[str, Any] | None = None) -> tuple[People, dict[str, Family]]:
+def read_lexicon(own: str | Path | Mapping[str, Any] | None = None) -> tuple[People, dict[str, WordFamily]]:
     """The people and the relations: the shipped ones, and over them the user's own.
 
     Args:
@@ -123,7 +123,7 @@ def _people(table: Mapping[str, Any]) -> People:
     return People(names, clauses, *frames)
 
 
-def _family(name: str, table: Mapping[str, Any]) -> Family:
+def _family(name: str, table: Mapping[str, Any]) -> WordFamily:
     _known_keys(name, table, {"item", "related", "articles", "patterns", "odd", *_SOURCES})
     if "/" in name or name == "odd":
         raise HeadlabError(f"a relation cannot be called {name!r}: task names use '/', and 'odd' is the odd one out")
@@ -161,7 +161,7 @@ def _family(name: str, table: Mapping[str, Any]) -> Family:
         for order in ORDERS:
             if len({one.facts[order] for one in several}) < len(several):
                 raise HeadlabError(f"{name}.{key}: two patterns have the same {order!r} sentence")
-    return Family(name, item, related, items, patterns["patterns"], patterns["odd"])
+    return WordFamily(name, item, related, items, patterns["patterns"], patterns["odd"])
 
 
 def _from_groups(name: str, table: Any, articles: bool) -> tuple[Item, ...]:
@@ -284,7 +284,7 @@ def _known_keys(name: str, table: Mapping[str, Any], known: set[str]) -> None:
         raise HeadlabError(f"{name}: unknown key {unknown[0]!r} in the lexicon; known: {', '.join(sorted(known))}")
 
 
-def _check_together(people: People, families: Mapping[str, Family]) -> None:
+def _check_together(people: People, families: Mapping[str, WordFamily]) -> None:
     taken: dict[str, str] = {}
     for family in families.values():
         for word in (family.item, *family.related):

@@ -1,6 +1,6 @@
 """Where plain attention fails and what composition does about it: the probes of studies, trained and compared.
 
-Points that studies share are trained once, runs of one shape as one stack (`training.py`).
+Points that studies share are trained once, runs of one shape as one bundle (`training.py`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ProbeResults(Result):
-    """What probes reached. `rows` has one dict per point of a study, with its sizes, accuracies and map against truth."""
+    """What probes reached. `lines` has one dict per point of a study, with its sizes, accuracies and map against truth."""
 
     kind = "probes"
-    rows: tuple[dict[str, Any], ...]
+    lines: tuple[dict[str, Any], ...]
     record: dict[str, Any] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
@@ -41,7 +41,7 @@ class ProbeResults(Result):
         """
         import pandas as pd
 
-        frame = pd.DataFrame([{name: value for name, value in row.items() if name != "history"} for row in self.rows])
+        frame = pd.DataFrame([{name: value for name, value in line.items() if name != "history"} for line in self.lines])
         return frame.astype({name: float for name in _MEASURED if name in frame})  # where all are None, too
 
     def of(self, study: str) -> ProbeResults:
@@ -50,11 +50,11 @@ class ProbeResults(Result):
         Raises:
             HeadlabError: it is not among them.
         """
-        rows = tuple(row for row in self.rows if row["study"] == study)
-        if not rows:
-            there = ", ".join(sorted({row["study"] for row in self.rows}))
+        lines = tuple(line for line in self.lines if line["study"] == study)
+        if not lines:
+            there = ", ".join(sorted({line["study"] for line in self.lines}))
             raise HeadlabError(f"there is no study {study!r} in these results; there is {there or 'none'}")
-        return ProbeResults(rows, self.record | {"studies": [study]})
+        return ProbeResults(lines, self.record | {"studies": [study]})
 
     def summary(self) -> pd.DataFrame:
         """One line per setting: parameters, and over the seeds the mean, lowest and highest accuracies."""
@@ -66,10 +66,10 @@ class ProbeResults(Result):
         return found.join(grouped[["mapped_seen", "mapped_test"]].mean()).join(grouped.size().rename("seeds")).reset_index()
 
     def __repr__(self) -> str:
-        return f"ProbeResults({len(self.rows)} points)"
+        return f"ProbeResults({len(self.lines)} points)"
 
     def _body(self) -> dict[str, Any]:
-        return {"rows": list(self.rows)}
+        return {"rows": list(self.lines)}  # as version 0.1.0 called them
 
     @classmethod
     def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> Self:
@@ -95,7 +95,7 @@ def study(
         size: `full` (for a GPU) or `small` (two CPU cores).
         seeds: how many, from 0 on; a seed draws the combinations held out, the data and the first weights.
         log: file to go on from if the run is killed: what is done is not trained again.
-        beside: stacks trained side by side on a GPU.
+        beside: bundles trained side by side on a GPU.
 
     Raises:
         HeadlabError: no such study or size, no seeds, or the log was begun for something else.

@@ -8,23 +8,23 @@ import torch
 
 
 class Replayed:
-    """A stack whose steps are replayed on a stream of its own (CUDA)."""
+    """A bundle whose steps are replayed on a stream of its own (CUDA)."""
 
-    def __init__(self, stack: Any, warm: int = 3) -> None:
-        self.stack, self.stream, self.done = stack, torch.cuda.Stream(stack.device), 0
+    def __init__(self, bundle: Any, warm: int = 3) -> None:
+        self.bundle, self.stream, self.done = bundle, torch.cuda.Stream(bundle.device), 0
         self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(stack.generator)
+        self.graph.register_generator_state(bundle.generator)
         self.warm = warm
-        torch.cuda.synchronize(stack.device)
+        torch.cuda.synchronize(bundle.device)
 
     def step(self) -> None:
         if self.done < self.warm:  # libraries set themselves up, gradients and moments get their memory
             with torch.cuda.stream(self.stream):
-                self.stack.step()
+                self.bundle.step()
         elif self.done == self.warm:
             torch.cuda.synchronize(self.stream.device)
             with torch.cuda.graph(self.graph, stream=self.stream):
-                self.stack.step()
+                self.bundle.step()
             with torch.cuda.stream(self.stream):
                 self.graph.replay()
         else:

@@ -21,7 +21,7 @@ from ..symbolic import CrossComposition, Sample, Split
 from .models import ProbeAttention, ProbeBlock, ProbeForSequenceClassification
 
 
-class Roles(NamedTuple):
+class LooksAndCarries(NamedTuple):
     """What the heads of a probe do.
 
     Attributes:
@@ -48,13 +48,13 @@ class Truth:
 
             where attention(d) is what a softmax pays one record whose score stands out by d, above an equal share. The
             maps C are those of the query, averaged over the records.
-        roles: of the heads.
+        heads: what each one does.
     """
 
     task: CrossComposition
     sample: Sample
     maps: Float[Tensor, "n feature feature"]
-    roles: Roles
+    heads: LooksAndCarries
 
     @property
     def strongest(self) -> Int[Tensor, "n 2"]:
@@ -100,17 +100,17 @@ def compare(probe: ProbeForSequenceClassification, task: CrossComposition, split
         HeadlabError: the probe has several layers, or attention that is not composed by maps; too few queries.
     """
     attention = _attention(probe)
-    roles = measured_roles(probe, task, n)
+    heads = measured_heads(probe, task, n)
     sample = task.sample(n, split, probe.device, draw=1)
     pre, post = mean_maps(attention.compose, _input(probe, sample.ids))
-    composed = torch.einsum("mp,bmn->bnp", roles.looks_up, pre)
+    composed = torch.einsum("mp,bmn->bnp", heads.looks_up, pre)
     others = composed.new_tensor(task.n_records - 1)
     attended = (composed - others.log()).sigmoid() - 1 / task.n_records  # exp(d) / (exp(d) + others), for any d
-    return Truth(task, sample, torch.einsum("bnp,bnk,ka->bpa", attended, post, roles.carries), roles)
+    return Truth(task, sample, torch.einsum("bnp,bnk,ka->bpa", attended, post, heads.carries), heads)
 
 
 @torch.no_grad()
-def measured_roles(probe: ProbeForSequenceClassification, task: CrossComposition, n: int = 512) -> Roles:
+def measured_heads(probe: ProbeForSequenceClassification, task: CrossComposition, n: int = 512) -> LooksAndCarries:
     """What the heads of a probe look up and carry, over n queries of trained combinations.
 
     Raises:
@@ -140,7 +140,7 @@ def measured_roles(probe: ProbeForSequenceClassification, task: CrossComposition
     logits = logits - logits.mean(-1, keepdim=True)
     own = sample.values[:, :, None, :, None].expand(*logits.shape[:4], 1)
     carries = logits.gather(-1, own)[..., 0].mean((0, 1))
-    return Roles(torch.stack(looks_up, 1), carries)
+    return LooksAndCarries(torch.stack(looks_up, 1), carries)
 
 
 def _attention(probe: ProbeForSequenceClassification) -> ProbeAttention:

@@ -1,7 +1,7 @@
-"""Training many probes as one: runs that differ in seed, decay or combinations held out are one stack of weights.
+"""Training many probes as one: runs that differ in seed, decay or combinations held out are one bundle of weights.
 
-Every tensor of a stack has the run as its first axis, and one pass trains all of them (`torch.func.vmap` over the probe's
-own code). On a GPU a step is recorded once as a graph of kernels and replayed, and stacks of other shapes run beside it.
+Every tensor of a bundle has the run as its first axis, and one pass trains all of them (`torch.func.vmap` over the probe's
+own code). On a GPU a step is recorded once as a graph of kernels and replayed, and bundles of other shapes run beside it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def shape(self) -> str:
-        """What runs of one stack have in common."""
+        """What runs of one bundle have in common."""
         recipe = replace(self.recipe, weight_decay=0, decay={})
         return repr((replace(self.task, seed=0), self.kind, sorted(self.sizes.items()), recipe))
 
@@ -107,7 +107,7 @@ class Outcome:
         return sum(p.numel() for p in self.probe.parameters())
 
 
-class Stack:
+class Bundle:
     """Probes of one shape that are trained together."""
 
     def __init__(self, runs: Sequence[Run], device: str | torch.device = "cpu") -> None:
@@ -218,52 +218,52 @@ def shares_of_mean(recipe: Recipe) -> Float[Tensor, " step"]:
 def train(
     runs: Sequence[Run], device: str | torch.device = "cpu", *, beside: int = 8, checks: int = 0, n_test: int = 10_000
 ) -> Iterator[Outcome]:
-    """Train every run; outcomes come as their stacks are done.
+    """Train every run; outcomes come as their bundles are done.
 
-    The runs of a stack draw their sequences from one generator, so that a run repeats exactly among the same runs only.
+    The runs of a bundle draw their sequences from one generator, so that a run repeats exactly among the same runs only.
 
     Args:
-        beside: how many stacks are trained side by side on a GPU.
+        beside: how many bundles are trained side by side on a GPU.
         checks: how often accuracies are looked at on the way (`Outcome.history`).
         n_test: sequences that the accuracies at the end are of.
 
     Raises:
-        HeadlabError: fewer than one stack at a time.
+        HeadlabError: fewer than one bundle at a time.
     """
     if beside < 1:
-        raise HeadlabError(f"{beside} stacks side by side: at least one")
-    stacks: dict[str, list[Run]] = {}
+        raise HeadlabError(f"{beside} bundles side by side: at least one")
+    bundles: dict[str, list[Run]] = {}
     for run in runs:
-        stacks.setdefault(run.shape, []).append(run)
-    waiting = list(stacks.values())
+        bundles.setdefault(run.shape, []).append(run)
+    waiting = list(bundles.values())
     with tqdm(total=sum(run.recipe.steps for run in runs), unit="step", desc="training", disable=None) as bar:
         for start in range(0, len(waiting), beside):
-            group = [Stack(found, device) for found in waiting[start : start + beside]]
+            group = [Bundle(found, device) for found in waiting[start : start + beside]]
             with faster_products(), _current(group[0].device):
                 histories = _train_beside(group, checks, bar)
-                ends = [_accuracies(stack, n_test) for stack in group]
-            for stack, history, end in zip(group, histories, ends, strict=True):
-                yield from _outcomes(stack, history, end)
+                ends = [_accuracies(bundle, n_test) for bundle in group]
+            for bundle, history, end in zip(group, histories, ends, strict=True):
+                yield from _outcomes(bundle, history, end)
 
 
-def _train_beside(stacks: Sequence[Stack], checks: int, bar: Any) -> list[list[dict[str, Any]]]:
-    """Train stacks in turns, one step each; returns what the checks found."""
-    cuda = stacks[0].device.type == "cuda"
-    steppers = [Replayed(stack) if cuda else stack for stack in stacks]
-    looks = [_looks(stack.recipe.steps, checks) for stack in stacks]
-    histories: list[list[dict[str, Any]]] = [[] for _ in stacks]
-    for step in range(1, max(stack.recipe.steps for stack in stacks) + 1):
-        for stack, stepper, at, history in zip(stacks, steppers, looks, histories, strict=True):
-            if step > stack.recipe.steps:
+def _train_beside(bundles: Sequence[Bundle], checks: int, bar: Any) -> list[list[dict[str, Any]]]:
+    """Train bundles in turns, one step each; returns what the checks found."""
+    cuda = bundles[0].device.type == "cuda"
+    steppers = [Replayed(bundle) if cuda else bundle for bundle in bundles]
+    looks = [_looks(bundle.recipe.steps, checks) for bundle in bundles]
+    histories: list[list[dict[str, Any]]] = [[] for _ in bundles]
+    for step in range(1, max(bundle.recipe.steps for bundle in bundles) + 1):
+        for bundle, stepper, at, history in zip(bundles, steppers, looks, histories, strict=True):
+            if step > bundle.recipe.steps:
                 continue
             stepper.step()
-            bar.update(len(stack.runs))
+            bar.update(len(bundle.runs))
             if step in at:
                 stepper.wait()
-                history.append({"step": step} | _accuracies(stack, 2048))
-    for stack, stepper in zip(stacks, steppers, strict=True):
+                history.append({"step": step} | _accuracies(bundle, 2048))
+    for bundle, stepper in zip(bundles, steppers, strict=True):
         stepper.wait()
-        stack.finish()
+        bundle.finish()
     return histories
 
 
@@ -272,15 +272,15 @@ def _looks(steps: int, checks: int) -> set[int]:
     return {round(steps * (i + 1) / checks) for i in range(checks)}
 
 
-def _outcomes(stack: Stack, history: Sequence[Mapping[str, Any]], end: Mapping[str, list[float]]) -> Iterator[Outcome]:
-    for i, run in enumerate(stack.runs):
+def _outcomes(bundle: Bundle, history: Sequence[Mapping[str, Any]], end: Mapping[str, list[float]]) -> Iterator[Outcome]:
+    for i, run in enumerate(bundle.runs):
         own = [{name: value if name == "step" else value[i] for name, value in row.items()} for row in history]
-        yield Outcome(run, stack.trained(i), end["seen"][i], end["test"][i] if "test" in end else None, own)
+        yield Outcome(run, bundle.trained(i), end["seen"][i], end["test"][i] if "test" in end else None, own)
 
 
-def _accuracies(stack: Stack, n: int) -> dict[str, list[float]]:
-    splits: tuple[Split, ...] = ("seen", "test") if stack.task.n_held_out else ("seen",)
-    return {split: stack.accuracy(split, n) for split in splits}
+def _accuracies(bundle: Bundle, n: int) -> dict[str, list[float]]:
+    splits: tuple[Split, ...] = ("seen", "test") if bundle.task.n_held_out else ("seen",)
+    return {split: bundle.accuracy(split, n) for split in splits}
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

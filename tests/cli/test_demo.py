@@ -83,7 +83,7 @@ def test_everything_is_written(made: tuple[Path, str]) -> None:
 
 def test_the_summary_tells_the_results(made: tuple[Path, str], task: CrossComposition) -> None:
     folder, said = made
-    rows = ProbeResults.load(folder / "probes.json").rows
+    rows = ProbeResults.load(folder / "probes.json").lines
     assert [row["kind"] for row in rows] == ["mha", "matched", "dcmha"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "STEPS", {True: 60})
@@ -109,7 +109,7 @@ def test_the_model_is_the_probe_of_the_table(made: tuple[Path, str], task: Cross
     folder, said = made
     model, small = hl.load(folder / "model"), hl.load(folder / "pruned")
     assert type(model) is ProbeForSequenceClassification
-    row = ProbeResults.load(folder / "probes.json").rows[-1]
+    row = ProbeResults.load(folder / "probes.json").lines[-1]
     counts = [sum(p.numel() for p in one.parameters()) for one in (model, small)]
     assert counts[0] == row["parameters"]
     assert f"{counts[0]:,} parameters became {counts[1]:,}" in said

@@ -108,10 +108,10 @@ def test_sentences(run: Run, model: Path, tmp_path: Path) -> None:
     assert status == 0
     expected = evaluate(hl.load(model), sample())
     saved = Evaluation.load(out / "tasks-sentences.json")
-    assert saved.rows == expected.rows
-    assert {row["factors"]["relation"] for row in saved.rows} == {"use", "time"}
-    assert len(saved.rows) == 2 * 2 * len({row["task"] for row in saved.rows})
-    assert (out / "tasks-sentences.csv").read_text().count("\n") == len(saved.rows) + 1
+    assert saved.lines == expected.lines
+    assert {row["factors"]["relation"] for row in saved.lines} == {"use", "time"}
+    assert len(saved.lines) == 2 * 2 * len({row["task"] for row in saved.lines})
+    assert (out / "tasks-sentences.csv").read_text().count("\n") == len(saved.lines) + 1
     for factor in ("relation", "looked_up", "difficulty"):
         for line in saved.by(factor).to_dict("records"):
             shown = next(text for text in said.splitlines() if text.split()[:2] == [factor, f"{line[factor]}"])
@@ -133,17 +133,17 @@ def test_sentences(run: Run, model: Path, tmp_path: Path) -> None:
 def test_the_published_file(run: Run, failing: Callable[..., str], model: Path, published: Path, tmp_path: Path) -> None:
     assert run("evaluate", model, "--published", published, "-o", tmp_path / "all")[0] == 0
     saved = Evaluation.load(tmp_path / "all" / "tasks-published.json")
-    assert saved.rows == evaluate(hl.load(model), published_tasks(published)).rows
+    assert saved.lines == evaluate(hl.load(model), published_tasks(published)).lines
     assert run("evaluate", model, "--published", published.as_uri(), "-o", tmp_path / "address")[0] == 0
-    assert Evaluation.load(tmp_path / "address" / "tasks-published.json").rows == saved.rows
+    assert Evaluation.load(tmp_path / "address" / "tasks-published.json").lines == saved.lines
 
     some = ["--published", published, "--relation", "possession", "--contexts", 1, "-o", tmp_path / "some"]
     assert run("evaluate", model, *some)[0] == 0
-    rows = Evaluation.load(tmp_path / "some" / "tasks-published.json").rows
+    rows = Evaluation.load(tmp_path / "some" / "tasks-published.json").lines
     assert [row["task"] for row in rows] == ["task0", "task0", "task1"]
     swapped = ["--published", published, "--order", "swapped", "-o", tmp_path / "swapped"]
     assert run("evaluate", model, *swapped)[0] == 0
-    assert [r["task"] for r in Evaluation.load(tmp_path / "swapped" / "tasks-published.json").rows] == ["task1"]
+    assert [r["task"] for r in Evaluation.load(tmp_path / "swapped" / "tasks-published.json").lines] == ["task1"]
 
     said = failing("evaluate", model, "--published", published, "--relation", "river")
     assert "no task has the relation 'river'; possible here: possession, city" in said
@@ -164,8 +164,8 @@ def test_under_a_mask_beside_the_whole_model(run: Run, model: Path, mask: Path, 
     loaded = hl.load(model)
     expected = evaluate(loaded, sample(), mask=hl.HeadMask.load(mask))
     saved = Evaluation.load(out / "tasks-sentences-three.json")
-    assert saved.rows == expected.rows
-    assert saved.rows != Evaluation.load(out / "tasks-sentences.json").rows
+    assert saved.lines == expected.lines
+    assert saved.lines != Evaluation.load(out / "tasks-sentences.json").lines
     assert "whole model, whole answer" in drawn(out / "tasks-sentences.html")
     assert "three, among the choices" in drawn(out / "tasks-sentences.html")
 
@@ -324,7 +324,7 @@ def test_probes_of_two_studies(run: Run, probed: list[Training], tmp_path: Path)
     for name, title in (("d_head", "d head"), ("control", "accuracy (%), a dot per seed")):
         saved = results_of(tmp_path, name)
         points = STUDIES[name](TINY, [0])
-        assert [row["run"] for row in saved.rows] == [benchmark.identity(at.run) for at in points]
+        assert [row["run"] for row in saved.lines] == [benchmark.identity(at.run) for at in points]
         assert saved.record["studies"] == [name]
         assert (tmp_path / f"probes-{name}.csv").read_text().count("\n") == len(points) + 1
         assert title in drawn(tmp_path / f"probes-{name}.html")
@@ -354,7 +354,7 @@ def test_probes_go_on_and_stay(run: Run, probed: list[Any], tmp_path: Path) -> N
     assert run("probe", *TWO, "--out", killed)[0] == 0  # then both
     assert len(probed) == count
     for name in ("d_head", "control"):
-        assert results_of(killed, name).rows == results_of(whole, name).rows
+        assert results_of(killed, name).lines == results_of(whole, name).lines
         assert (killed / f"probes-{name}.csv").read_bytes() == (whole / f"probes-{name}.csv").read_bytes()
     before = files(killed)
     del before["probes-d_head.html"], before["probes-control.html"]  # figures have an identifier of their own

@@ -70,7 +70,7 @@ def by_hand(model, contexts):
 
 
 def judged(evaluation):
-    return [tuple(row[name] for name in ("all", "first", "choice", "logprob")) for row in evaluation.rows]
+    return [tuple(row[name] for name in ("all", "first", "choice", "logprob")) for row in evaluation.lines]
 
 
 def assert_same(ours, theirs, tolerance=1e-4):
@@ -100,7 +100,7 @@ def test_a_space_apart_is_not_yet_the_first_token():
     seen = set()
     for steps in (1, 6):
         model = taught("llama-mha", steps, split)
-        rows = evaluate(model, OTHERS, split).rows
+        rows = evaluate(model, OTHERS, split).lines
         answers = [(e, a) for e in encode(OTHERS, split) for a in e.answers]
         for (encoded, where), row in zip(answers, rows, strict=True):
             assert where.lead == 1
@@ -120,7 +120,7 @@ def test_one_choice_may_begin_another(models):
     (encoded,) = encode([Context("t", text, (first, second))], TOKENIZER)
     tea, pot, fox = encoded.answers[0].choices
     assert pot[: len(tea)] == tea
-    rows = evaluate(models["gpt2"], [Context("t", text, (first, second))], TOKENIZER).rows
+    rows = evaluate(models["gpt2"], [Context("t", text, (first, second))], TOKENIZER).lines
     with torch.no_grad():
         logits = models["gpt2"](torch.tensor([encoded.ids])).logits[0]
     for where, row in zip(encoded.answers, rows, strict=True):
@@ -131,7 +131,7 @@ def test_one_choice_may_begin_another(models):
 def test_generation_says_what_is_right(models):
     model = models["llama-gqa"]
     for context, encoded in zip(CONTEXTS, encode(CONTEXTS, TOKENIZER), strict=True):
-        rows = evaluate(model, [context], TOKENIZER).rows
+        rows = evaluate(model, [context], TOKENIZER).lines
         for where, row in zip(encoded.answers, rows, strict=True):
             ids = torch.tensor([encoded.ids[: where.span[0]]])
             options = {"max_new_tokens": where.length, "do_sample": False, "pad_token_id": 0}
@@ -157,9 +157,9 @@ def test_a_bridge_gives_the_same(models, name):
 def test_what_a_row_says(models):
     evaluation = evaluate(models["llama-mha"], CONTEXTS, TOKENIZER)
     answers = [(i, place, c, a) for i, c in enumerate(CONTEXTS) for place, a in enumerate(c.answers)]
-    assert len(answers) == len(evaluation.rows)
+    assert len(answers) == len(evaluation.lines)
     frame = evaluation.to_frame()
-    for (number, place, context, answer), row, (_, line) in zip(answers, evaluation.rows, frame.iterrows(), strict=True):
+    for (number, place, context, answer), row, (_, line) in zip(answers, evaluation.lines, frame.iterrows(), strict=True):
         assert (row["context"], row["place"], row["task"], row["answer"]) == (number, place, context.task, answer.text)
         assert row["factors"] == context.factors
         assert row["difficulty"] == 0
@@ -175,7 +175,7 @@ def test_saved_and_read_again(models, tmp_path):
     evaluation = evaluate(models["llama-mha"], CONTEXTS, TOKENIZER)
     path = evaluation.save(tmp_path / "evaluation.json")
     for again in (Evaluation.load(path), hl.Result.load(path)):
-        assert again.rows == evaluation.rows
+        assert again.lines == evaluation.lines
         assert again.record == evaluation.record
         assert again.by("relation").equals(evaluation.by("relation"))
 
@@ -196,7 +196,7 @@ def test_by_factor(models):
     whole = evaluation.by()
     assert len(whole) == 1
     assert whole["all"][0] == evaluation.accuracy()
-    assert whole["logprob"][0] == pytest.approx(np.mean([row["logprob"] for row in evaluation.rows]))
+    assert whole["logprob"][0] == pytest.approx(np.mean([row["logprob"] for row in evaluation.lines]))
     assert list(evaluation.by("task")["task"]) == ["t0", "t1", "t2"]
     with pytest.raises(HeadlabError, match=r"no factor 'kind'; there are context, task, difficulty, place, relation, order"):
         evaluation.by("kind")
@@ -361,7 +361,7 @@ def test_a_killed_run_goes_on(models, tmp_path):
     evaluate(model, CONTEXTS, TOKENIZER, batch_size=2, log=tmp_path / "killed.jsonl")
     assert len(runs) == 5
     handle.remove()
-    assert again.rows == whole.rows
+    assert again.lines == whole.lines
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 

@@ -56,18 +56,18 @@ def points_of(*names: str, seeds: int) -> list[tuple[str, Point]]:
 def test_what_studies_share_is_trained_once(trained: Trained) -> None:
     found = study(["d_head", "held_out"], "small", seeds=2)
     expected = points_of("d_head", "held_out", seeds=2)
-    assert len(found.rows) == len(expected)
+    assert len(found.lines) == len(expected)
     distinct = {identity(at.run) for _, at in expected}
     assert sorted(map(identity, trained)) == sorted(distinct)
     assert len(distinct) == len(expected) - 3 * 2
-    for row, (name, at) in zip(found.rows, expected, strict=True):
+    for row, (name, at) in zip(found.lines, expected, strict=True):
         assert row["study"] == name
         assert row["run"] == identity(at.run)
         assert {key: row[key] for key in described(at)} == described(at)
     assert found.record["studies"] == ["d_head", "held_out"]
     assert (found.record["size"], found.record["seeds"], found.record["device"]) == ("small", 2, "cpu")
-    one = {row["run"]: row["seen"] for row in found.of("d_head").rows}
-    assert all(one[row["run"]] == row["seen"] for row in found.of("held_out").rows if row["run"] in one)
+    one = {row["run"]: row["seen"] for row in found.of("d_head").lines}
+    assert all(one[row["run"]] == row["seen"] for row in found.of("held_out").lines if row["run"] in one)
 
 
 def test_a_row_says_what_the_probe_is_and_reached(trained: Trained) -> None:
@@ -101,7 +101,7 @@ def test_there_is_no_map_to_read_of_two_layers_and_no_test_with_nothing_held_out
     for name in ("test", "mapped_test"):
         assert frame[name].dtype == found.of("control").to_frame()[name].dtype == np.float64  # also where all are NaN
     assert found.of("control").summary()["test_mean"].isna().all()
-    json.dumps(found.rows, allow_nan=False)
+    json.dumps(found.lines, allow_nan=False)
     assert trained
 
 
@@ -112,7 +112,7 @@ def test_the_frame_is_what_the_figures_need(trained: Trained) -> None:
     needed |= {"shared_values", "mlp", "first", "layers", "steps", "hold", "rank", "weight_decay", "seed", "parameters"}
     assert needed | {"study", "run", "chance", "seen", "test", "mapped_seen", "mapped_test"} <= set(frame.columns)
     assert "history" not in frame
-    assert len(frame) == len(found.rows)
+    assert len(frame) == len(found.lines)
     assert plots.probe_kinds(found.of("main")).data
     assert plots.probes(found.of("d_head"), "d_head").data
     assert trained
@@ -122,7 +122,7 @@ def test_the_summary_is_over_seeds(trained: Trained) -> None:
     found = study(["main"], "small", seeds=3)
     summary = found.summary()
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in found.rows:
+    for row in found.lines:
         key = tuple(row[name] for name in ("level", "kind", "heads", "own_heads", "first", "weight_decay", "parameters"))
         groups.setdefault(key, []).append(row)
     assert len(summary) == len(groups) == 9
@@ -143,7 +143,7 @@ def test_results_come_back_from_a_file(trained: Trained, tmp_path: Path) -> None
     found.save(tmp_path / "probes.json")
     for back in (ProbeResults.load(tmp_path / "probes.json"), Result.load(tmp_path / "probes.json")):
         assert isinstance(back, ProbeResults)
-        assert back.rows == found.rows
+        assert back.lines == found.lines
         assert {name: back.record[name] for name in found.record} == found.record
         assert back.to_frame().equals(found.to_frame())
     assert repr(found) == f"ProbeResults({len(trained)} points)"
@@ -152,7 +152,7 @@ def test_results_come_back_from_a_file(trained: Trained, tmp_path: Path) -> None
 def test_one_study_does_not_know_of_the_others(trained: Trained) -> None:
     both = study(["d_head", "control"], "small", seeds=1)
     control = both.of("control")
-    assert {row["study"] for row in control.rows} == {"control"}
+    assert {row["study"] for row in control.lines} == {"control"}
     assert control.record == study(["control"], "small", seeds=1).record
     assert both.record["studies"] == ["d_head", "control"]
     with pytest.raises(HeadlabError, match="there is no study 'main' in these results; there is control, d_head"):
@@ -198,9 +198,9 @@ def test_a_study_goes_on_between_stacks_as_if_never_killed(
     again = study(**options, log=tmp_path / "killed.jsonl")
     assert len(trained) == 12 - after
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert (again.rows, again.record) == (whole.rows, whole.record)
+    assert (again.lines, again.record) == (whole.lines, whole.record)
     trained.clear()
-    assert study(**options, log=tmp_path / "killed.jsonl").rows == whole.rows
+    assert study(**options, log=tmp_path / "killed.jsonl").lines == whole.lines
     assert not trained
 
 
@@ -216,7 +216,7 @@ def test_a_study_goes_on_within_a_stack_too(trained: Trained, killed: Callable[.
     assert log.read_bytes().startswith(done)
     logged = {row["run"]: row for row in map(json.loads, log.read_text(encoding="utf-8").splitlines()[1:])}
     assert len(logged) == 12
-    for row, (name, at) in zip(found.rows, points_of("control", seeds=2), strict=True):
+    for row, (name, at) in zip(found.lines, points_of("control", seeds=2), strict=True):
         assert row == {"study": name} | described(at) | logged[identity(at.run)]
 
 
@@ -225,13 +225,13 @@ def test_more_seeds_and_studies_go_on_from_the_same_log(trained: Trained, tmp_pa
     first = study(["d_head"], "small", seeds=1, log=log)
     trained.clear()
     more = study(["held_out", "d_head"], "small", seeds=2, log=log)
-    assert not {identity(run) for run in trained} & {row["run"] for row in first.rows}
-    kept = [row for row in more.of("d_head").rows if row["seed"] == 0]
-    assert kept == list(first.rows)
+    assert not {identity(run) for run in trained} & {row["run"] for row in first.lines}
+    kept = [row for row in more.of("d_head").lines if row["seed"] == 0]
+    assert kept == list(first.lines)
     logged = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()[1:]]
-    assert collected(["d_head"], "small", 1, logged) == first.rows
+    assert collected(["d_head"], "small", 1, logged) == first.lines
     assert collected(["d_head"], "small", 1, logged[:4]) == tuple(
-        row for row in first.rows if row["run"] in {line["run"] for line in logged[:4]}
+        row for row in first.lines if row["run"] in {line["run"] for line in logged[:4]}
     )
 
 
@@ -259,7 +259,7 @@ def test_runs_that_differ_in_anything_are_told_apart() -> None:
         ([], {}, "no study was named; the studies are main"),
         (["main"], {"size": "huge"}, "the size is 'full' or 'small', not 'huge'"),
         (["main"], {"seeds": 0}, "0 seeds: at least one"),
-        (["main"], {"beside": 0}, "0 stacks side by side: at least one"),
+        (["main"], {"beside": 0}, "0 bundles side by side: at least one"),
     ],
 )
 def test_bad_input(names: list[str], options: dict[str, Any], message: str, trained: Trained) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from headlab.errors import HeadlabError
 from synthetic_tasks import CrossComposition
 from synthetic_tasks.probes import ground_truth
-from synthetic_tasks.probes.ground_truth import Roles, Truth, compare, mean_maps, measured_roles
+from synthetic_tasks.probes.ground_truth import LooksAndCarries, Truth, compare, mean_maps, measured_heads
 from synthetic_tasks.probes.models import ProbeAttention, ProbeForSequenceClassification, probe_config
 from synthetic_tasks.probes.training import Recipe, Run, train
 from synthetic_tasks.symbolic import LEVELS, Sample
@@ -96,11 +96,11 @@ def test_a_written_probe_looks_up_and_carries_what_was_written(level: str) -> No
     task = task_of(level)
     looks, carries = [2, 0, 3, 1], [1, 3, 0, 2]
     probe = written(task, looks, carries)
-    roles = measured_roles(probe, task, 200)
-    assert roles.looks_up.shape == roles.carries.shape == (FEATURES, FEATURES)
-    assert roles.looks_up.argmax(1).tolist() == looks
-    assert roles.carries.argmax(1).tolist() == carries
-    for found, own in ((roles.looks_up, looks), (roles.carries, carries)):
+    heads = measured_heads(probe, task, 200)
+    assert heads.looks_up.shape == heads.carries.shape == (FEATURES, FEATURES)
+    assert heads.looks_up.argmax(1).tolist() == looks
+    assert heads.carries.argmax(1).tolist() == carries
+    for found, own in ((heads.looks_up, looks), (heads.carries, carries)):
         at = found[range(FEATURES), own]
         rest = found.clone()
         rest[range(FEATURES), own] = 0
@@ -225,10 +225,10 @@ def roles_in_loops(probe: ProbeForSequenceClassification, task: CrossComposition
 def test_roles_and_maps_are_those_of_a_plain_loop(level: str, shared: bool) -> None:
     task = task_of(level, shared_values=shared, seed=2)
     probe = wild("dcmha", task)
-    roles = measured_roles(probe, task, 40)
+    heads = measured_heads(probe, task, 40)
     looks_up, carries = roles_in_loops(probe, task, task.sample(40, "seen", draw=2))
-    np.testing.assert_allclose(roles.looks_up.numpy(), looks_up, atol=1e-11)
-    np.testing.assert_allclose(roles.carries.numpy(), carries, atol=1e-11)
+    np.testing.assert_allclose(heads.looks_up.numpy(), looks_up, atol=1e-11)
+    np.testing.assert_allclose(heads.carries.numpy(), carries, atol=1e-11)
     assert np.ptp(looks_up) > 0.1
     assert np.ptp(carries) > 0.1
 
@@ -254,8 +254,8 @@ def test_the_strongest_pair_the_share_and_the_mean(level: str) -> None:
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(120, FEATURES, FEATURES, generator=generator)
     maps += 5 * torch.eye(FEATURES)  # no query asks for what it looks up
-    roles = Roles(torch.zeros(2, FEATURES), torch.zeros(2, FEATURES))
-    found = Truth(task, sample, maps, roles)
+    heads = LooksAndCarries(torch.zeros(2, FEATURES), torch.zeros(2, FEATURES))
+    found = Truth(task, sample, maps, heads)
     right = 0
     for b in range(120):
         asked = (int(sample.looked_up[b]), int(sample.reported[b]))
@@ -304,7 +304,7 @@ def test_composed_heads_tie_unseen_pairs_and_plain_ones_do_not() -> None:
 def test_what_has_no_map_to_read(kind: str, sizes: dict[str, int], message: str) -> None:
     task = task_of()
     probe = wild(kind, task, **sizes)
-    for read in (compare, measured_roles):
+    for read in (compare, measured_heads):
         with pytest.raises(HeadlabError, match=message):
             read(probe, task)
 
@@ -312,5 +312,5 @@ def test_what_has_no_map_to_read(kind: str, sizes: dict[str, int], message: str)
 def test_too_few_queries_to_measure_roles() -> None:
     task = task_of()
     with pytest.raises(HeadlabError, match=r"none of 1 queries looks feature \d up: take more"):
-        measured_roles(wild("dcmha", task), task, 1)
-    assert measured_roles(wild("dcmha", task_of("conflict")), task_of("conflict"), 1).looks_up.isfinite().all()
+        measured_heads(wild("dcmha", task), task, 1)
+    assert measured_heads(wild("dcmha", task_of("conflict")), task_of("conflict"), 1).looks_up.isfinite().all()

@@ -15,7 +15,7 @@ from headlab.errors import HeadlabError
 from synthetic_tasks import CrossComposition
 from synthetic_tasks.probes import training
 from synthetic_tasks.probes.models import ProbeForSequenceClassification, probe_config
-from synthetic_tasks.probes.training import Outcome, Recipe, Run, Stack, learning_rates, shares_of_mean, train
+from synthetic_tasks.probes.training import Bundle, Outcome, Recipe, Run, learning_rates, shares_of_mean, train
 from synthetic_tasks.symbolic import Sample
 
 SIZES = {"hidden_size": 11, "num_attention_heads": 3, "head_dim": 2}
@@ -72,15 +72,15 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> Any:
     return fix
 
 
-def trained(runs: list[Run]) -> Stack:
-    stack = Stack(runs)
+def trained(runs: list[Run]) -> Bundle:
+    bundle = Bundle(runs)
     for _ in range(runs[0].recipe.steps):
-        stack.step()
-    return stack
+        bundle.step()
+    return bundle
 
 
-def weights_of(stack: Stack, run: int) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in stack.trained(run).named_parameters()}
+def weights_of(bundle: Bundle, run: int) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in bundle.trained(run).named_parameters()}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], within: float) -> None:
@@ -89,7 +89,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], within: f
         assert (x - expected[name]).abs().max() < within, name
 
 
-# --- what a stack computes
+# --- what a bundle computes
 
 
 VARIED = [
@@ -223,20 +223,20 @@ def test_the_mean_counts_the_last_steps_alike(steps, average, counted):
 @pytest.mark.usefixtures("exact")
 def test_a_trained_probe_has_the_mean_of_its_last_weights():
     runs = [run_of(seed, steps=5, average=0.6) for seed in range(2)]
-    stack, seen = Stack(runs), []
+    bundle, seen = Bundle(runs), []
     for _ in range(5):
-        stack.step()
-        seen.append([weights_of(stack, i) for i in range(2)])
+        bundle.step()
+        seen.append([weights_of(bundle, i) for i in range(2)])
     last = seen[-1][1]["head.weight"]
-    stack.finish()
+    bundle.finish()
     for i in range(2):
-        for name, x in weights_of(stack, i).items():
+        for name, x in weights_of(bundle, i).items():
             expected = torch.stack([weights[i][name] for weights in seen[-3:]]).mean(0)
             assert (x - expected).abs().max() < 1e-9, name
-    assert (weights_of(stack, 1)["head.weight"] - last).abs().max() > 1e-4
+    assert (weights_of(bundle, 1)["head.weight"] - last).abs().max() > 1e-4
     outcome, _ = train(runs)
     for name, x in outcome.probe.named_parameters():
-        assert (x - weights_of(stack, 0)[name]).abs().max() < 1e-9, name
+        assert (x - weights_of(bundle, 0)[name]).abs().max() < 1e-9, name
 
 
 # --- accuracy, outcomes
@@ -244,7 +244,7 @@ def test_a_trained_probe_has_the_mean_of_its_last_weights():
 
 @pytest.mark.parametrize("n", [1, 100, 4097])
 def test_accuracy_counts_right_answers(n, monkeypatch):
-    stack = Stack([run_of(seed, "mha", "binding") for seed in range(2)])
+    bundle = Bundle([run_of(seed, "mha", "binding") for seed in range(2)])
     drawn: list[Sample] = []
     draw = CrossComposition.draw
 
@@ -255,10 +255,10 @@ def test_accuracy_counts_right_answers(n, monkeypatch):
     monkeypatch.setattr(CrossComposition, "draw", watched)
     for split in ("seen", "test"):
         drawn.clear()
-        found = stack.accuracy(split, n)
+        found = bundle.accuracy(split, n)
         assert sum(sample.ids.shape[1] for sample in drawn) == n
-        for i, run in enumerate(stack.runs):
-            right, probe = 0, stack.trained(i)
+        for i, run in enumerate(bundle.runs):
+            right, probe = 0, bundle.trained(i)
             wanted = {tuple(pair) for pair in run.task.pairs(split).tolist()}
             for sample in drawn:
                 with torch.no_grad():
@@ -269,7 +269,7 @@ def test_accuracy_counts_right_answers(n, monkeypatch):
             assert found[i] == pytest.approx(right / n)
         if n > 1:
             assert len({str(sample.values.tolist()) for sample in drawn}) == len(drawn)
-        assert stack.accuracy(split, n) == found
+        assert bundle.accuracy(split, n) == found
 
 
 def test_outcomes():
@@ -314,12 +314,12 @@ def test_the_accuracy_of_an_outcome_is_its_probes():
 def test_runs_of_one_shape_are_one_stack(monkeypatch):
     made: list[list[Run]] = []
 
-    class Watched(Stack):
+    class Watched(Bundle):
         def __init__(self, runs: list[Run], device: Any = "cpu") -> None:
             made.append(list(runs))
             super().__init__(runs, device)
 
-    monkeypatch.setattr(training, "Stack", Watched)
+    monkeypatch.setattr(training, "Bundle", Watched)
     small = {"steps": 1, "batch": 2}
     one = run_of(0, "mha", **small)
     same = [
@@ -358,13 +358,13 @@ def test_the_same_runs_give_the_same():
 
 
 def test_seeds_begin_with_other_weights():
-    stack = Stack([run_of(0), run_of(1), run_of(0, weight_decay=1.0)])
-    first, second, again = (weights_of(stack, i) for i in range(3))
+    bundle = Bundle([run_of(0), run_of(1), run_of(0, weight_decay=1.0)])
+    first, second, again = (weights_of(bundle, i) for i in range(3))
     for name in first:
         assert torch.equal(first[name], again[name])
         if "norm" not in name and name != "head.bias":
             assert not torch.equal(first[name], second[name]), name
-    assert stack.pairs[0].tolist() == stack.runs[0].task.trained_pairs.tolist() != stack.pairs[1].tolist()
+    assert bundle.pairs[0].tolist() == bundle.runs[0].task.trained_pairs.tolist() != bundle.pairs[1].tolist()
 
 
 def test_no_run_changes_another(fixed):
