@@ -6,7 +6,9 @@ python docs/structure.py --check    says whether it is up to date
 
 from __future__ import annotations
 
+import argparse
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
 PACKAGES = ("headlab", "synthetic_tasks")
 BEGIN, END = "<!-- drawn by docs/structure.py -->\n", "<!-- up to here -->\n"
+WORDS = ("errors", "version", "choices", "results", "tables", "scores")  # modules that everyone uses
+FACES = ("headlab", "synthetic_tasks", "surgery")  # that name what is inside, and hold nothing themselves
 
 
 class Import(NamedTuple):
@@ -91,3 +95,54 @@ def arrows() -> dict[str, set[str]]:
         if not one.for_types and room(one.module) != room(one.target):
             found[room(one.module)].add(room(one.target))
     return found
+
+
+def mermaid() -> str:
+    """The packages as a Mermaid graph, an arrow from each to what it needs when it runs.
+
+    Left out are the words that everyone uses, the lazy faces, and every arrow that a path of others makes good.
+    """
+    needs = {one: found - {*WORDS, *FACES, one} for one, found in arrows().items() if one not in {*WORDS, *FACES}}
+    lines = ["graph BT"]
+    for package in PACKAGES:
+        members = sorted(one for one in needs if one.startswith("synthetic_tasks.") == (package == "synthetic_tasks"))
+        lines += [f"  subgraph {package}_[{package}]"]
+        lines += [f"    {_id(one)}[{one.rpartition('.')[2]}]" for one in members] + ["  end"]
+    for one in sorted(needs):
+        beyond = set().union(*(_reached(needs, other) for other in needs[one]), set())
+        lines += [f"  {_id(one)} --> {_id(other)}" for other in sorted(needs[one] - beyond)]
+    return "\n".join(lines) + "\n"
+
+
+def _id(one: str) -> str:
+    return one.replace(".", "_")
+
+
+def _reached(needs: dict[str, set[str]], one: str) -> set[str]:
+    """What can be reached from a package, itself left out."""
+    return needs[one].union(*(_reached(needs, other) for other in needs[one]))
+
+
+def drawn(page: str) -> str:
+    """The page with the picture as it should be."""
+    before, _, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        sys.exit(f"{PAGE.name} has no place for the picture: expected the lines {BEGIN.strip()} and {END.strip()}")
+    return f"{before}{BEGIN}```mermaid\n{mermaid()}```\n{END}{after}"
+
+
+def main() -> None:
+    """Draw the picture, or say whether it is up to date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the picture is up to date")
+    page = PAGE.read_text(encoding="utf-8")
+    new = drawn(page)
+    if not parser.parse_args().check:
+        PAGE.write_text(new, encoding="utf-8")
+    elif new != page:
+        sys.exit(f"the picture in {PAGE.name} is out of date: python docs/structure.py draws it anew")
+
+
+if __name__ == "__main__":
+    main()
