@@ -103,7 +103,7 @@ def mermaid() -> str:
     Left out are the words that everyone uses, the lazy faces, and every arrow that a path of others makes good.
     """
     needs = {one: found - {*WORDS, *FACES, one} for one, found in arrows().items() if one not in {*WORDS, *FACES}}
-    lines = ["graph BT"]
+    lines = ["graph TB"]
     for package in PACKAGES:
         members = sorted(one for one in needs if one.startswith("synthetic_tasks.") == (package == "synthetic_tasks"))
         lines += [f"  subgraph {package}_[{package}]"]

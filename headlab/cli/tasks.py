@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from synthetic_tasks.language.contexts import Part
 
 from ..errors import HeadlabError
 from . import results_folder
@@ -20,12 +21,6 @@ if TYPE_CHECKING:
 tasks = typer.Typer(
     help="Synthetic tasks, which ask for combinations of what is looked up and what is reported.", add_completion=False
 )
-
-
-class Part(StrEnum):
-    record = "record"
-    matched = "matched"
-    reported = "reported"
 
 
 Several = list[str] | None
@@ -265,11 +260,11 @@ def _attend(model: Any, contexts: list[Context], part: Part, mask: Any, site: st
     from ..hooks.masking import masked
 
     with nullcontext() if mask is None else masked(model, mask, site=site):
-        scores = attention_on(model, contexts, part=part.value, batch_size=batch_size)
+        scores = attention_on(model, contexts, part=part, batch_size=batch_size)
     if mask is not None:
         scores.record.update(mask=[row.tolist() for row in mask.rows], site=site)
     file = path.with_name(f"{path.name}.json")
     scores = results_folder.store(scores, file)
-    plots.save_html(plots.heads(scores, f"Attention on the {part} asked about"), path.with_name(f"{path.name}.html"))
+    plots.save_html(plots.heads(scores, f"Attention on the {part}"), path.with_name(f"{path.name}.html"))
     best = ", ".join(f"{head} {100 * share:.1f} %" for head, share in scores.top(5))
     typer.echo(f"most attention on the {part}: {best}; written to {file}")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from headlab.choices import check
 from headlab.data.losses import forward
 from headlab.errors import HeadlabError
 from headlab.models.access import bare_model, describe, evaluating, head_rows, is_bridge, rows
 from headlab.models.attention_modules import Attention
 from headlab.scores import HeadScores
 
-from ..language.contexts import Context, Span
+from ..language.contexts import Context, Part, Span
 from .encoding import check_size, describe_contexts, inputs, plan, prepare
 
 
@@ -24,7 +25,7 @@ def attention_on(
     model: nn.Module,
     contexts: Iterable[Context],
     tokenizer: Any = None,
-    part: Literal["record", "matched", "reported", "query"] = "record",
+    part: Part = "record",
     batch_size: int = 8,
 ) -> HeadScores:
     """How much attention of every head falls on the true part of the text, where the answer's first token is predicted.
@@ -41,8 +42,7 @@ def attention_on(
         HeadlabError: as for `evaluate`; no answer has such a part; a module gives no pattern away.
     """
     check_size(batch_size)
-    if part not in ("record", "matched", "reported", "query"):
-        raise HeadlabError(f"part is 'record', 'matched', 'reported' or 'query', not {part!r}")
+    check("part", part, Part)
     encoded, padding = prepare(model, list(contexts), tokenizer)
     parts: list[list[tuple[int, Span]]] = [  # of every context: where the first token is predicted, and the part
         [(answer.span[0] - 1, span) for answer in context.answers if (span := getattr(answer, part)) is not None]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 Span = tuple[int, int]
 """Characters of a context's text, from the first to the one after the last."""
+Part = Literal["record", "matched", "reported", "query"]
+"""What an answer follows from: the spans of an `Answer` by these names."""
 
 
 @dataclass(frozen=True, slots=True)
