@@ -66,8 +66,8 @@ def run(folder: Path, quick: bool = False, seed: int = 0) -> str:
     task = wanted[0].run.task
     with building(folder) as out:
         outcomes = list(train([at.run for at in wanted], checks=10))
-        rows = [{"study": "demo"} | described(at) | measured(outcome) for at, outcome in zip(wanted, outcomes, strict=True)]
-        results = ProbeResults(tuple(rows), {"studies": ["demo"], "seed": seed, "torch": torch.__version__})
+        lines = [{"study": "demo"} | described(at) | measured(outcome) for at, outcome in zip(wanted, outcomes, strict=True)]
+        results = ProbeResults(tuple(lines), {"studies": ["demo"], "seed": seed, "torch": torch.__version__})
         probe = outcomes[-1].probe
         seen, unseen = (compare(probe, task, split) for split in ("seen", "test"))
         said = _take_apart(probe, task, out, folder)
@@ -77,9 +77,9 @@ def run(folder: Path, quick: bool = False, seed: int = 0) -> str:
         plots.save_html(plots.probe_kinds(results), out / "probes.html")
         plots.save_html(plots.feature_map(shown, "What the map ties together at a query"), out / "truth.html")
         table = "\n".join(
-            f"| {plots.PROBES[row['kind']][0]} | {row['own_heads']} | {row['parameters']:,} | {row['seen']:.1%} "
-            f"| {row['test']:.1%} | {_percent(row['mapped_seen'])} | {_percent(row['mapped_test'])} |"
-            for row in rows
+            f"| {plots.PROBES[line['kind']][0]} | {line['own_heads']} | {line['parameters']:,} | {line['seen']:.1%} "
+            f"| {line['test']:.1%} | {_percent(line['mapped_seen'])} | {_percent(line['mapped_test'])} |"
+            for line in lines
         )
         summary = _SUMMARY.format(
             task=task, trained=len(task.trained_pairs), held_out=len(task.held_out_pairs), table=table, chance=task.chance,

@@ -34,8 +34,8 @@ def text_batches(
     n = min(examples, len(ids) // length)
     if n < 1:
         raise HeadlabError(f"the text has {len(ids)} tokens, fewer than one example of {length}: give more, or ask for less")
-    rows = torch.tensor(ids[: n * length]).view(n, length)
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(batch_size)]
+    cut = torch.tensor(ids[: n * length]).view(n, length)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in cut.split(batch_size)]
 
 
 def read_batches(
@@ -72,10 +72,10 @@ def read_batches(
     if wanted is None:
         raise HeadlabError(f"headlab cannot make batches for {type(model).__name__} from a file: make them in Python")
     names = dict(model.config.label2id or {}) if wanted == "label" else None  # type: ignore[union-attr, arg-type]
-    rows = _json_lines(text, path, wanted, names)[:examples]
+    lines = _json_lines(text, path, wanted, names)[:examples]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return [_labelled(tokenizer, rows[i : i + batch_size], wanted, length) for i in range(0, len(rows), batch_size)]
+    return [_labelled(tokenizer, lines[i : i + batch_size], wanted, length) for i in range(0, len(lines), batch_size)]
 
 
 def _hide_tokens(tokenizer: PreTrainedTokenizerBase, batches: list[dict[str, Tensor]], seed: int) -> list[dict[str, Tensor]]:
@@ -95,13 +95,13 @@ def _json_lines(
     text: str, path: str | Path, wanted: str, labels: dict[str, int] | None
 ) -> list[dict[str, str | int | float]]:
     """Texts with targets, or with labels; `labels` has the numbers of those by name."""
-    rows: list[dict[str, str | int | float]] = []
+    lines: list[dict[str, str | int | float]] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            said, value = row["text"], row[wanted]
+            found = json.loads(line)
+            said, value = found["text"], found[wanted]
         except (json.JSONDecodeError, KeyError, TypeError):
             said = value = None
         if not isinstance(said, str) or not isinstance(value, str if labels is None else str | int | float):
@@ -109,10 +109,10 @@ def _json_lines(
                 f'{path}, line {number}: this model needs JSON lines with "text" and "{wanted}", '
                 f'as in {{"text": "...", "{wanted}": {"1" if wanted == "label" else chr(34) + "..." + chr(34)}}}'
             )
-        rows.append({"text": said, wanted: value if labels is None else _label(value, labels, f"{path}, line {number}")})
-    if not rows:
+        lines.append({"text": said, wanted: value if labels is None else _label(value, labels, f"{path}, line {number}")})
+    if not lines:
         raise HeadlabError(f"{path} holds no examples")
-    return rows
+    return lines
 
 
 def _label(given: str | int | float, labels: dict[str, int], where: str) -> int | float:
@@ -127,11 +127,11 @@ def _label(given: str | int | float, labels: dict[str, int], where: str) -> int 
 
 
 def _labelled(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str | int | float]], wanted: str, length: int
+    tokenizer: PreTrainedTokenizerBase, lines: list[dict[str, str | int | float]], wanted: str, length: int
 ) -> dict[str, Tensor]:
     options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": length}
-    batch = dict(tokenizer([row["text"] for row in rows], **options))
+    batch = dict(tokenizer([line["text"] for line in lines], **options))
     if wanted == "label":
-        return batch | {"labels": torch.tensor([row["label"] for row in rows])}
-    target = tokenizer(text_target=[row["target"] for row in rows], **options)
+        return batch | {"labels": torch.tensor([line["label"] for line in lines])}
+    target = tokenizer(text_target=[line["target"] for line in lines], **options)
     return batch | {"labels": target["input_ids"].masked_fill(target["attention_mask"] == 0, IGNORED)}

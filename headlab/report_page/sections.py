@@ -166,11 +166,11 @@ def _roles(item: Item) -> Part:
     part.figures.append((item.name, partial(plots.roles, item.result)))
     main: dict[str, float | str] = {}
     lines: dict[str, list[Line]] = {}
-    for row in item.result.to_frame().to_dict("records"):
-        playing = [role for role in str(row["roles"]).split(", ") if role]
-        main[str(row["head"])] = playing[0] if playing else "no known role"
-        told = [Line(f"{role} (from {item.result.thresholds[role]:g} on)", value=_plain(row[role])) for role in playing]
-        lines |= {str(row["head"]): told} if told else {}
+    for line in item.result.to_frame().to_dict("records"):
+        playing = [role for role in str(line["roles"]).split(", ") if role]
+        main[str(line["head"])] = playing[0] if playing else "no known role"
+        told = [Line(f"{role} (from {item.result.thresholds[role]:g} on)", value=_plain(line[role])) for role in playing]
+        lines |= {str(line["head"]): told} if told else {}
     part.columns.insert(0, Column(f"{item.name}: role", item.path.name, main))
     part.panels.append(Panel("Role", item.name, item.path.name, lines))
     return part
@@ -221,9 +221,9 @@ def _composition(item: Item) -> Part:
 def _partners(values: np.ndarray, names: list[str], others: list[str], nearest: bool = False) -> dict[str, list[Line]]:
     """For every name the others with the highest values, or the lowest; those whose value is not finite are left out."""
     found = {}
-    for name, row in zip(names, values, strict=True):
-        best = np.argsort(row if nearest else -row, kind="stable")[:PARTNERS]  # NaN comes last
-        if lines := [Line(others[i], others[i], float(row[i])) for i in best if np.isfinite(row[i])]:
+    for name, own in zip(names, values, strict=True):
+        best = np.argsort(own if nearest else -own, kind="stable")[:PARTNERS]  # NaN comes last
+        if lines := [Line(others[i], others[i], float(own[i])) for i in best if np.isfinite(own[i])]:
             found[name] = lines
     return found
 

@@ -149,7 +149,7 @@ def profile(
         loss: `loss(model, batch)` -> `[batch]`, for the scores and, without a metric, the curves.
         metric: `metric(model, batches)` -> float, for the curves.
         normalize: of `taylor`, as for `hl.importance`.
-        log: a file that gets one row a checkpoint; a killed run goes on after the last.
+        log: a file that gets one step a checkpoint; a killed run goes on after the last.
         device: where folders are opened.
 
     Raises:
@@ -171,7 +171,7 @@ def profile(
     }  # fmt: skip
     scored_on: Any = testing if scoring is None else list(scoring)
     record: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
     total = len(models) if isinstance(models, Sequence) else None
     left = iter(models)
     with tqdm(total=total, desc="profile", unit="checkpoint", disable=None) as bar:
@@ -186,30 +186,30 @@ def profile(
                 done = list(step_log.done)
             if {key: record[key] for key in of_data} != of_data:
                 raise HeadlabError(f"the checkpoint {name} turns the texts into other tokens than the first one did")
-            if name in (row["name"] for row in rows):
+            if name in (step["name"] for step in steps):
                 raise HeadlabError(f"two checkpoints are called {name!r}: give pairs (name, model) to tell them apart")
-            if len(rows) < len(done):
-                row = done[len(rows)]
-                _check_same(row, name, model, len(rows), log)
+            if len(steps) < len(done):
+                step = done[len(steps)]
+                _check_same(step, name, model, len(steps), log)
             else:
                 scores: HeadScores
                 if method == "taylor":
                     scores = importance(model, other, loss=loss, normalize=normalize)
                 else:
                     scores = ablation(model, other, loss=loss)
-                _check_heads(name, scores, rows)
+                _check_heads(name, scores, steps)
                 curve = pruning_curve(model, scores, data, fractions, loss=None if metric else loss, metric=metric)
-                row = _saved(name, scores, curve)
-                step_log.append(row)
-            rows.append(row)
+                step = _saved(name, scores, curve)
+                step_log.append(step)
+            steps.append(step)
             bar.update()
             del model  # before the next one is opened
-    if not rows:
+    if not steps:
         raise HeadlabError("there are no checkpoints: expected folders, or pairs of a name and a model")
-    if len(rows) < len(done):
-        raise HeadlabError(f"{log} holds {len(done)} checkpoints, but {len(rows)} were given: choose another file")
-    known = {row["name"]: row["fingerprint"] for row in rows}
-    return Profile(*_read(rows), record | {"checkpoints": known, "model": rows[-1]["scores"]["record"]["model"]})
+    if len(steps) < len(done):
+        raise HeadlabError(f"{log} holds {len(done)} checkpoints, but {len(steps)} were given: choose another file")
+    known = {step["name"]: step["fingerprint"] for step in steps}
+    return Profile(*_read(steps), record | {"checkpoints": known, "model": steps[-1]["scores"]["record"]["model"]})
 
 
 def checkpoint_folders(folder: str | Path) -> list[Path]:
@@ -244,19 +244,19 @@ def _opened(given: Checkpoint, device: str | None) -> tuple[str, nn.Module]:
     raise HeadlabError(f"a checkpoint is a folder, or a pair of a name and a model, not a {type(given).__name__}")
 
 
-def _check_same(row: dict[str, Any], name: str, model: nn.Module, number: int, log: Any) -> None:
-    """Whether a row of the log is of this checkpoint."""
+def _check_same(step: dict[str, Any], name: str, model: nn.Module, number: int, log: Any) -> None:
+    """Whether a step of the log is of this checkpoint."""
     fingerprint = describe(model)["fingerprint"]
-    if (row["name"], row["fingerprint"]) != (name, fingerprint):
+    if (step["name"], step["fingerprint"]) != (name, fingerprint):
         raise HeadlabError(
-            f"{log} goes on with the checkpoint {row['name']} ({row['fingerprint']}), but checkpoint number {number} is "
+            f"{log} goes on with the checkpoint {step['name']} ({step['fingerprint']}), but checkpoint number {number} is "
             f"{name} ({fingerprint}): choose another file, or remove it"
         )
 
 
-def _check_heads(name: str, scores: HeadScores, rows: Sequence[dict[str, Any]]) -> None:
+def _check_heads(name: str, scores: HeadScores, steps: Sequence[dict[str, Any]]) -> None:
     """Whether a checkpoint has as many heads in every layer as the first one."""
-    before = [len(part) for part in rows[0]["scores"]["rows"]] if rows else None
+    before = [len(part) for part in steps[0]["scores"]["rows"]] if steps else None
     if before is not None and [len(part) for part in scores.rows] != before:
         raise HeadlabError(f"the checkpoint {name} has other heads than the first one, which has {before} in its layers")
 
@@ -266,11 +266,11 @@ def _saved(name: str, scores: HeadScores, curve: Curve) -> dict[str, Any]:
     return about | {"scores": scores.to_plain(), "curve": curve.to_plain()}
 
 
-def _read(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[HeadScores], list[Curve]]:
+def _read(steps: Iterable[dict[str, Any]]) -> tuple[list[str], list[HeadScores], list[Curve]]:
     names, scores, curves = [], [], []
-    for row in rows:
-        kind = AblationScores if row["kind"] == "ablation" else HeadScores
-        names.append(row["name"])
-        scores.append(kind.from_plain(row["scores"]))
-        curves.append(Curve.from_plain(row["curve"]))
+    for step in steps:
+        kind = AblationScores if step["kind"] == "ablation" else HeadScores
+        names.append(step["name"])
+        scores.append(kind.from_plain(step["scores"]))
+        curves.append(Curve.from_plain(step["curve"]))
     return names, scores, curves

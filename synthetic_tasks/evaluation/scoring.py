@@ -58,14 +58,14 @@ class Evaluation(Result):
         """A table with one line per answer; every factor is a column."""
         import pandas as pd
 
-        flat = [{name: value for name, value in row.items() if name != "factors"} | row["factors"] for row in self.lines]
+        flat = [{name: value for name, value in line.items() if name != "factors"} | line["factors"] for line in self.lines]
         return pd.DataFrame(flat)
 
     def accuracy(self, measure: str = "all") -> float:
         """The share of answers that are right, by one of the measures `all`, `first` and `choice`."""
         if measure not in MEASURES:
             raise HeadlabError(f"measure is one of {', '.join(MEASURES)}, not {measure!r}")
-        return float(np.mean([row[measure] for row in self.lines]))
+        return float(np.mean([line[measure] for line in self.lines]))
 
     def by(self, *names: str) -> pd.DataFrame:
         """Accuracy with 95 % intervals (`wilson`) for every value of a factor, or combination of values of several.
@@ -101,10 +101,10 @@ class Evaluation(Result):
 
     @classmethod
     def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> Self:
-        return cls(tuple(dict(row) for row in body["rows"]), record)
+        return cls(tuple(dict(line) for line in body["rows"]), record)
 
     def __repr__(self) -> str:
-        contexts, tasks = ({row[name] for row in self.lines} for name in ("context", "task"))
+        contexts, tasks = ({line[name] for line in self.lines} for name in ("context", "task"))
         shares = ", ".join(f"{measure} {self.accuracy(measure):.1%}" for measure in MEASURES)
         return f"Evaluation({len(self.lines)} answers in {len(contexts)} contexts of {len(tasks)} tasks: {shares})"
 

@@ -73,7 +73,7 @@ class ProbeResults(Result):
 
     @classmethod
     def _from_body(cls, body: dict[str, Any], record: dict[str, Any]) -> Self:
-        return cls(tuple(dict(row) for row in body["rows"]), record)
+        return cls(tuple(dict(line) for line in body["rows"]), record)
 
 
 _MEASURED = ("seen", "test", "mapped_seen", "mapped_test")
@@ -111,7 +111,7 @@ def study(
         raise HeadlabError(f"{seeds} seeds: at least one")
     machine = {"torch": torch.__version__, "device": _device(device)}
     steps = StepLog(log, {"what": "probes", "version": __version__} | machine)
-    done = {row["run"] for row in steps.done}
+    done = {step["run"] for step in steps.done}
     points = (point for name in names for point in STUDIES[name](SIZES[size], range(seeds)))
     todo = {key: point.run for point in points if (key := identity(point.run)) not in done}
     for outcome in train(list(todo.values()), device, beside=beside, checks=5):
@@ -120,9 +120,9 @@ def study(
     return ProbeResults(found, {"studies": list(names), "size": size, "seeds": seeds} | machine)
 
 
-def collected(names: Sequence[str], size: str, seeds: int, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """The points of studies that rows of logs are there for."""
-    by_run = {row["run"]: row for row in rows}
+def collected(names: Sequence[str], size: str, seeds: int, steps: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The points of studies that steps of logs are there for."""
+    by_run = {step["run"]: step for step in steps}
     return tuple(
         {"study": name, **described(point), **by_run[key]}
         for name in names
@@ -137,9 +137,9 @@ def identity(run: Run) -> str:
 
 
 def measured(outcome: Outcome) -> dict[str, Any]:
-    """A row of the log."""
+    """A step of the log."""
     run = outcome.run
-    row: dict[str, Any] = {
+    step: dict[str, Any] = {
         "run": identity(run),
         "parameters": outcome.parameters,
         "seen": outcome.seen,
@@ -148,12 +148,12 @@ def measured(outcome: Outcome) -> dict[str, Any]:
     readable = run.kind != COMPOSITIONAL and run.sizes.get("num_hidden_layers", 1) == 1
     for split in ("seen", "test"):
         there = readable and (split == "seen" or run.task.n_held_out)
-        row[f"mapped_{split}"] = compare(outcome.probe, run.task, split).share if there else None
-    return row | {"history": outcome.history}
+        step[f"mapped_{split}"] = compare(outcome.probe, run.task, split).share if there else None
+    return step | {"history": outcome.history}
 
 
 def described(point: Point) -> dict[str, Any]:
-    """What a row says of a point."""
+    """What a line says of a point."""
     task, sizes, recipe = point.run.task, point.run.sizes, point.run.recipe
     return {
         "level": task.level,

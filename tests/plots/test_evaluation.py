@@ -93,7 +93,7 @@ def test_tasks_by_one_factor_after_the_other() -> None:
 
 
 def test_a_value_that_one_evaluation_lacks_leaves_a_gap() -> None:
-    few = Evaluation(tuple(row for row in evaluation(1).rows if row["task"] in ("t1", "t3")))
+    few = Evaluation(tuple(row for row in evaluation(1).lines if row["task"] in ("t1", "t3")))
     figure = plots.tasks({"few": few, "all": evaluation(0)}, "task")
     labels = list(figure.layout.yaxis.ticktext)
     assert labels == ["t1", "t3", "t0", "t2", "t4"]
@@ -103,7 +103,7 @@ def test_a_value_that_one_evaluation_lacks_leaves_a_gap() -> None:
 
 
 def test_many_tasks_make_a_taller_figure() -> None:
-    rows = [row | {"task": f"t{i}"} for i in range(74) for row in evaluation(0).rows[:3]]
+    rows = [row | {"task": f"t{i}"} for i in range(74) for row in evaluation(0).lines[:3]]
     assert plots.tasks(Evaluation(tuple(rows)), "task").layout.height > 74 * 16
 
 
