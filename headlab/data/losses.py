@@ -18,8 +18,6 @@ from .batches import IGNORED, Batch, count_examples, real_tokens
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """`loss(model, batch)` gives one number per example, `[batch]`."""
-
-
 Metric = Callable[[nn.Module, list[Batch]], float]
 """`metric(model, batches)` gives one number for the whole corpus; a higher one is better."""
 
@@ -92,8 +90,6 @@ def _precise(logits: Tensor) -> Tensor:
 
 
 _LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label")
-
-
 _NEEDED = {
     "ForConditionalGeneration": ("labels",),
     "ForMaskedLM": ("labels",),

@@ -20,15 +20,6 @@ from ..results import TensorResult
 from .sites import Pass, at_sites
 
 
-def check_fill(model: nn.Module, fill: Fill | None, site: str) -> None:
-    """Raise `HeadlabError` unless the fill (if any) is one for this model and site."""
-    if fill is None:
-        return
-    if site != "output":
-        raise HeadlabError(f"a fill stands in for a head's output, so there is none for the site {site!r}: leave it out")
-    fill.check(model)
-
-
 @dataclass(frozen=True, eq=False)
 class Fill(TensorResult):
     """What stands in for removed heads, measured on data.
@@ -73,6 +64,15 @@ class Fill(TensorResult):
             return tuple(tensors[f"{name}.{i}"] for i in range(n))
 
         return cls(texts["how"], group("values"), group("lengths"), group("keys"), record)
+
+
+def check_fill(model: nn.Module, fill: Fill | None, site: str) -> None:
+    """Raise `HeadlabError` unless the fill (if any) is one for this model and site."""
+    if fill is None:
+        return
+    if site != "output":
+        raise HeadlabError(f"a fill stands in for a head's output, so there is none for the site {site!r}: leave it out")
+    fill.check(model)
 
 
 class StandIn:
