@@ -5,8 +5,8 @@ I_h = E_x |dL(x)/dxi_h|, xi_h the gate of head h at 1 (Michel, Levy & Neubig 201
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from ..data.losses import Loss, check_losses, loss_name, own_loss
 from ..errors import HeadlabError
 from ..hooks.fills import Fill, StandIn, check_fill
 from ..hooks.sites import Pass, at_sites, first_broken
-from ..models.access import describe, evaluating, head_rows, is_folded, rows
-from ..models.attention_modules import Attention, weight_blocks
+from ..models.access import describe, evaluating, head_rows, rows
+from ..models.attention_modules import Attention
 from ..scores import HeadScores
+from .baselines import magnitudes
 
 
 def importance(
@@ -68,7 +69,7 @@ def importance(
         values = [rng.random(len(row)) for row in labels]
         return HeadScores(tuple(values), labels, record | {"seed": seed})
     if method == "magnitude":
-        return HeadScores(tuple(_magnitudes(model, site)), labels, record)
+        return HeadScores(tuple(magnitudes(model, site)), labels, record)
     check("reduction", reduction, Reduction)
     check("denominator", denominator, Denominator)
     if normalize is not None:
@@ -224,42 +225,3 @@ def _joined(members: Sequence[Attention], of_rows: Sequence[Sequence[tuple[Tenso
         offset += len(members[i].slots)
     joined = torch.cat(parts, 1)
     return joined if slots == list(range(offset)) else joined[..., slots]
-
-
-def _magnitudes(model: nn.Module, site: str) -> list[np.ndarray]:
-    if is_folded(model):
-        raise HeadlabError("magnitudes are taken of the model's own weights, but this bridge is in compatibility mode")
-    values = []
-    for row in rows(model, site):
-        squares = [
-            sum(
-                float(weight_blocks(row.projection(path), row.d_head, side)[block].detach().double().square().sum())
-                for path, block, side in _weights_of(row, head.index)
-            )
-            for head in row.heads
-        ]
-        values.append(np.sqrt(squares))
-    return values
-
-
-def _weights_of(row: Attention, head: int) -> Iterator[tuple[str, int, Literal["in", "out"]]]:
-    """The projections that hold a head's weights, and which of their blocks: at the row's site, if heads are composed."""
-    family, compose = row.family, row.compose
-    if compose is None:
-        groups = [group for group, _ in row.groups]
-        halves = [("qkvo", row.slots, groups)]
-        kv = next(group for group, heads in row.groups if head in heads)
-    else:
-        kv = head // compose.ratio
-        both = {"scores": "qk", "output": "vo"}
-        if row.site not in ("head", *both):
-            raise HeadlabError(f"a head has no weights of its own at the site {row.site!r}: choose output, scores or head")
-        wanted = [half for half in both if row.site in ("head", half) and head in compose.kept[half]]
-        halves = [(both[half], compose.held(half), compose.groups_held(half)) for half in wanted]
-    for parts, slots, groups in halves:
-        for part in parts:
-            if part == "o":
-                yield family.o, (slots if compose is None else compose.kept["output"]).index(head), "in"
-            else:
-                at = slots.index(head) if part == "q" else groups.index(kv)
-                yield getattr(family, part), family.block(part, at, len(slots), len(groups)), "out"
