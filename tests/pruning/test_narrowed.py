@@ -289,7 +289,11 @@ def test_nothing_is_left_of_a_save_that_fails(error: BaseException, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("model_type", sorted({t for family in families() for t in family.model_types}))
+# those of headlab itself: pruned models of other packages (probes) are made known when one is loaded
+DESCRIBED = {t for family in families() if family.name != "cross_composition_probe" for t in family.model_types}
+
+
+@pytest.mark.parametrize("model_type", sorted(DESCRIBED))
 def test_every_described_model_type_is_registered(model_type: str) -> None:
     config = hf.AutoConfig.for_model("headlab_" + model_type)
     assert isinstance(config, CONFIG_MAPPING[model_type])
