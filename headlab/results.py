@@ -65,7 +65,7 @@ class Result:
             return found._read(path)
         except HeadlabError as error:  # what the file says cannot be: a score that is not finite, a head twice
             raise HeadlabError(f"{path} is damaged: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError):
             raise HeadlabError(f"{path} is damaged: it does not hold what a {found.kind} holds") from None
 
     def to_plain(self) -> dict[str, Any]:

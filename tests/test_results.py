@@ -272,6 +272,14 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         Result.load(tmp_path)
 
 
+def test_a_kind_in_the_other_format_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "maps.json").write_text(json.dumps({"headlab": 1, "kind": "maps", "record": {}}))
+    save_file({"x": torch.ones(3)}, tmp_path / "scores", metadata={"headlab": "1", "kind": "scores", "record": "{}"})
+    for name in ("maps.json", "scores"):
+        with pytest.raises(HeadlabError, match=f"{name} is damaged"):
+            Result.load(tmp_path / name)
+
+
 def test_every_kind_is_found_by_its_name() -> None:
     """The entry points that are installed are those of pyproject.toml; if not: install again (pip install -e .)."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
