@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from synthetic_tasks.language.contexts import Part
+from synthetic_tasks.language.contexts import Fact
 
 from ..errors import HeadlabError
 from . import results_folder
@@ -65,7 +65,7 @@ def evaluate(
     lexicon: Lexicon = None,
     seed: Seed = None,
     mask: Annotated[Path | None, typer.Option(help="A mask (JSON): which heads are left out.")] = None,
-    attention: Annotated[Part | None, typer.Option(help="Also measure every head's attention to this part.")] = None,
+    attention: Annotated[Fact | None, typer.Option(help="Also measure every head's attention to this part.")] = None,
     batch_size: BatchSize = 8,
     dtype: Precision = "auto",
     device: Device = "cpu",
@@ -251,7 +251,7 @@ def _table(result: Evaluation, factors: list[str]) -> str:
     return str(pd.DataFrame(lines).to_string(index=False))
 
 
-def _attend(model: Any, contexts: list[Context], part: Part, mask: Any, site: str, batch_size: int, path: Path) -> None:
+def _attend(model: Any, contexts: list[Context], part: Fact, mask: Any, site: str, batch_size: int, path: Path) -> None:
     from contextlib import nullcontext
 
     from synthetic_tasks.evaluation.attention import attention_on

@@ -8,8 +8,10 @@ from typing import Literal
 
 Span = tuple[int, int]
 """Characters of a context's text, from the first to the one after the last."""
-Part = Literal["record", "matched", "reported", "query"]
-"""What an answer follows from: the spans of an `Answer` by these names."""
+Fact = Literal["record", "matched", "reported"]
+"""What an answer follows from: spans of an `Answer`, by their names."""
+Part = Literal[Fact, "query"]
+"""And what asks for it."""
 
 
 @dataclass(frozen=True, slots=True)

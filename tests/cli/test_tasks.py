@@ -170,7 +170,7 @@ def test_under_a_mask_beside_the_whole_model(run: Run, model: Path, mask: Path, 
     assert "three, among the choices" in drawn(out / "tasks-sentences.html")
 
 
-@pytest.mark.parametrize("part", ["record", "matched", "query"])
+@pytest.mark.parametrize("part", ["record", "matched"])
 def test_attention(run: Run, model: Path, mask: Path, tmp_path: Path, part: str) -> None:
     status, said, _ = run("evaluate", model, *SMALL, "-o", tmp_path, "--attention", part)
     assert status == 0
