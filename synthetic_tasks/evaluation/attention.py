@@ -96,11 +96,11 @@ def _patterns(
             raise HeadlabError(f"{', '.join(missing)} did not give its attention pattern away, so it cannot be measured")
         seen.clear()
 
-    with ExitStack() as stack:
+    with ExitStack() as hooks:
         plain = [row for row in found if row.compose is None]
         if plain and not is_bridge(model) and (before := root.config._attn_implementation) != "eager":
             root.set_attn_implementation("eager")  # the others never make a pattern
-            stack.callback(root.set_attn_implementation, before)
+            hooks.callback(root.set_attn_implementation, before)
         for row in (row for row in found if row.slots):
             if row.compose is not None:  # listening there makes it eager
                 point, own = row.compose.taps["pattern"], True
@@ -108,5 +108,5 @@ def _patterns(
                 point, own = row.module.hook_pattern, True
             else:
                 point, own = row.core, False
-            stack.callback(point.register_forward_hook(hook(row, own)).remove)
+            hooks.callback(point.register_forward_hook(hook(row, own)).remove)
         yield check
