@@ -251,7 +251,7 @@ class ComposedAttention(nn.Module):
 
 @functools.cache
 def _composed_class(base: Any) -> Any:
-    # the same name, for descriptions (`headlab.families`) go by it: its projections are those of the base
+    # the same name, for descriptions (`headlab.models.families`) go by it: its projections are those of the base
     return type(base.__name__, (ComposedAttention, base), {"__module__": __name__, "__doc__": base.__doc__})
 
 

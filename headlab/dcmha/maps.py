@@ -260,7 +260,7 @@ def composition_maps(model: nn.Module, tokens: Tensor | Batch | str | Batches) -
             longest.
 
     Raises:
-        HeadlabError: the model has no composed heads, or the batches are bad (see `batches.prepare`).
+        HeadlabError: the model has no composed heads, or the batches are bad (see `data.batches.prepare`).
 
     >>> maps = composition_maps(model, torch.arange(7)[None])  # doctest: +SKIP
     >>> maps.dense(2, "post", query=6, key=3).shape  # doctest: +SKIP

@@ -64,7 +64,7 @@ def at_patterns(
     Args:
         model: a plain model or a bridge, with plain or composed heads (DCMHA).
         see: gets the module and the `Look`; nothing of it stays alive unless `see` keeps it.
-        wanted: attention modules from `models.rows(model)`.
+        wanted: attention modules from `models.access.rows(model)`.
         scores: whether `Look.scores` is wanted too.
 
     Raises:

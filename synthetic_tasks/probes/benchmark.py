@@ -37,7 +37,7 @@ class ProbeResults(Result):
         """One line per point and seed. Accuracies are shares: `seen` on trained combinations, `test` on unseen ones.
 
         `mapped_seen` and `mapped_test` are shares of queries at which the map leads from the feature looked up to the one
-        reported (see `truth.Truth`), NaN where there is no map to read.
+        reported (see `ground_truth.Truth`), NaN where there is no map to read.
         """
         import pandas as pd
 
